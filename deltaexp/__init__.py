@@ -1,0 +1,45 @@
+"""deltaexp: the lab for delta tuning.
+
+The public names are imported when they are first used (PEP 562), because the command line imports this package on its way
+to ``--help`` and to the errors in a config, and neither should wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AutoDeltaConfig": "model",
+    "AutoDeltaModel": "model",
+    "DeltaModel": "model",
+    "DeltaConfig": "registry",
+    "register": "registry",
+    "Layer": "lazy",
+    "Site": "surgery",
+    "Visualization": "visualize",
+    "HashCheck": "verification",
+    "DeltaExpError": "errors",
+}
+__all__ = ["__version__", *_HOMES]
+
+if TYPE_CHECKING:
+    from deltaexp.errors import DeltaExpError as DeltaExpError
+    from deltaexp.lazy import Layer as Layer
+    from deltaexp.model import AutoDeltaConfig as AutoDeltaConfig
+    from deltaexp.model import AutoDeltaModel as AutoDeltaModel
+    from deltaexp.model import DeltaModel as DeltaModel
+    from deltaexp.registry import DeltaConfig as DeltaConfig
+    from deltaexp.registry import register as register
+    from deltaexp.surgery import Site as Site
+    from deltaexp.verification import HashCheck as HashCheck
+    from deltaexp.visualize import Visualization as Visualization
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module, or the direct class of a delta type such as ``LoraModel``."""
+    if name in _HOMES:
+        return getattr(import_module(f"deltaexp.{_HOMES[name]}"), name)
+    if name.endswith("Model"):
+        return getattr(import_module("deltaexp.model"), name)
+    raise AttributeError(f"module 'deltaexp' has no attribute {name!r}")

@@ -1,0 +1,79 @@
+"""The errors a user sees: whole sentences that say what was given, what is allowed, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class DeltaExpError(Exception):
+    """Base of every error that deltaexp raises on purpose; the command line prints it without a traceback."""
+
+
+class ConfigError(DeltaExpError):
+    """A key, a choice or a value of the configuration cannot be used."""
+
+
+class AddressingError(DeltaExpError):
+    """A pattern matches no module, or matches a module on which the delta cannot be put."""
+
+
+class CheckpointError(DeltaExpError):
+    """A saved delta is incomplete, damaged, or does not fit the backbone it is loaded onto."""
+
+
+class DamagedFileError(CheckpointError):
+    """The bytes of a saved file are not the bytes that were written."""
+
+
+class MissingTensorError(CheckpointError):
+    """The saved tensors are not exactly those that the delta's config describes."""
+
+
+class HashMismatchError(CheckpointError):
+    """The model after loading is not the model that was trained."""
+
+
+class BackboneMismatchError(HashMismatchError):
+    """The backbone is not the one that the delta was trained on."""
+
+
+class DeltaMismatchError(HashMismatchError):
+    """The delta's own tensors are not those that were trained."""
+
+
+class TaskError(DeltaExpError):
+    """The data of a task cannot be loaded or do not have the expected form."""
+
+
+class HubError(DeltaExpError):
+    """The Hugging Face Hub cannot be reached, or refuses what was asked of it."""
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
+    """Return the at most ``count`` names of ``known`` that are most like ``name``, best first."""
+    # Case and separators are what people get wrong most often, so they do not count.
+    folded: dict[str, str] = {}
+    for candidate in known:
+        folded.setdefault(candidate.lower().replace("-", "_"), candidate)
+    close = difflib.get_close_matches(name.lower().replace("-", "_"), folded, n=count, cutoff=0.5)
+    return [folded[key] for key in close]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?" for the name of ``known`` nearest to ``name``, or the empty string."""
+    close = nearest(name, known, 1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def listing(names: Iterable[object], limit: int = 12) -> str:
+    """Return ``names`` as "a, b, c", cut after ``limit`` with the number that was left out."""
+    items = [str(name) for name in names]
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """Return the sentence for a ``name`` that is none of the ``known`` names of its ``kind``."""
+    names = sorted(known)
+    return f"There is no {kind} {name!r}.{did_you_mean(name, names)} Known: {listing(names, 40)}."

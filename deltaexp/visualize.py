@@ -1,0 +1,99 @@
+"""Seeing a model: its module tree with repeated blocks folded, and what of it is frozen, trainable or delta."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from rich.console import Console
+from rich.text import Text
+from rich.tree import Tree
+from torch import nn
+
+from deltaexp.lazy import Layer
+
+# OpenDelta's legend: the name of a module in grey, trainable parameters in green, frozen ones in blue, deltas in orange.
+STYLES = {"trainable": "green", "frozen": "blue", "delta": "bold dark_orange", "module": "bright_black"}
+
+
+class Visualization:
+    """Shows the structure of a model, deltas included.
+
+    Args:
+        backbone_model: Any torch module.
+    """
+
+    def __init__(self, backbone_model: nn.Module) -> None:
+        self.model = backbone_model
+
+    def structure_graph(self, console: Console | None = None, fold: bool = True) -> Tree:
+        """Print the module tree and return it.
+
+        Args:
+            console: Where to print; standard output where none is given.
+            fold: Show equal blocks that follow one another once, e.g. as ``0-11``.
+        """
+        tree = Tree(Text.assemble(("root", "bold"), " ", _kind(self.model)), guide_style="bright_black")
+        self._grow(tree, self.model, fold)
+        console = console or Console()
+        console.print(tree)
+        legend = Text(" ").join(Text(name, style) for name, style in STYLES.items())
+        console.print(Text("legend: ").append_text(legend))
+        return tree
+
+    def print_counts(self, counts: Mapping[str, int], console: Console | None = None) -> None:
+        """Print numbers of parameters and what part of the backbone they are."""
+        total = max(counts["backbone"], 1)
+        parts = [f"{name} {counts[name]:,} ({counts[name] / total:.3%})" for name in ("trainable", "delta")]
+        if torch.cuda.is_available():
+            parts.append(f"peak CUDA memory {torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB")
+        (console or Console()).print(f"backbone {total:,} parameters; " + "; ".join(parts), highlight=False)
+
+    def _grow(self, tree: Tree, module: nn.Module, fold: bool) -> None:
+        for name, parameter in module.named_parameters(recurse=False):
+            tree.add(_parameter(name, parameter, isinstance(module, Layer) or tree.style == STYLES["delta"]))
+        # Modules without parameters (dropout, activations) tell nothing about a delta.
+        children = [(name, child) for name, child in module.named_children() if any(True for _ in child.parameters())]
+        start = 0
+        while start < len(children):
+            name, child = children[start]
+            stop = start + 1
+            if fold and name.isdigit():
+                mine = _fingerprint(child)
+                while stop < len(children) and children[stop][0].isdigit() and _fingerprint(children[stop][1]) == mine:
+                    stop += 1
+            label = name if stop == start + 1 else f"{name}-{children[stop - 1][0]}"
+            delta = isinstance(child, Layer) or tree.style == STYLES["delta"]
+            text = Text.assemble((label, STYLES["delta"] if delta else STYLES["module"]), " ", _kind(child))
+            branch = tree.add(text.append_text(_summary(child)), style=STYLES["delta"] if delta else "")
+            self._grow(branch, child, fold)
+            start = stop
+
+
+def _kind(module: nn.Module) -> Text:
+    return Text(f"({type(module).__name__})", "cyan")
+
+
+def _parameter(name: str, parameter: nn.Parameter, delta: bool) -> Text:
+    style = STYLES["delta"] if delta else STYLES["trainable" if parameter.requires_grad else "frozen"]
+    shape = ",".join(map(str, parameter.shape))
+    frozen = "" if parameter.requires_grad else " frozen"
+    return Text.assemble((f"{name}:[{shape}]{frozen}", style))
+
+
+def _summary(module: nn.Module) -> Text:
+    """Return the number of parameters below a module, and how many of them are trainable."""
+    total = sum(p.numel() for p in module.parameters())
+    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return (
+        Text(f" {total:,}" + (f", {trainable:,} trainable" if 0 < trainable < total else ""), "dim")
+        if total
+        else Text()
+    )
+
+
+def _fingerprint(module: nn.Module) -> tuple:
+    """Return what two blocks must have in common to be shown once: their trees, shapes and what is trainable."""
+    modules = tuple((name, type(child).__name__) for name, child in module.named_modules())
+    parameters = tuple((name, tuple(p.shape), p.requires_grad) for name, p in module.named_parameters())
+    return modules, parameters
