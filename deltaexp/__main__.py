@@ -1,0 +1,140 @@
+"""The command line: ``python -m deltaexp [command] [key=value ...]``; no command means ``run``.
+
+Everything up to the start of a run works without torch, so that help and the errors in a config come at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from deltaexp import __version__
+from deltaexp.errors import ConfigError, DeltaExpError, unknown
+
+USAGE = """\
+usage: deltaexp [run] [key=value ...]            train, evaluate, verify and save a delta
+       deltaexp -m key=a,b [key=value ...]       sweep: one run for every combination
+       deltaexp push FOLDER ORG/NAME             push a saved delta to the Hugging Face Hub
+       deltaexp --cfg job [key=value ...]        show the composed config, and run nothing
+       deltaexp --help [delta_type=...]          this text, with the keys of that delta type
+
+(`python -m deltaexp` is the same as `deltaexp`.)
+"""
+COMMANDS = ("run", "push")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 1 for a failed run, 2 for a mistake in what was typed."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        command = words.pop(0) if words and "=" not in words[0] and words[0][:1] not in ("-", "+", "~") else "run"
+        if command not in COMMANDS:
+            raise ConfigError(unknown("command", command, COMMANDS) + " An override looks like key=value.")
+        if any(word in ("--help", "-h") for word in words):
+            print(_help(words))
+            return 0
+        if "--version" in words:
+            print(f"deltaexp {__version__}")
+            return 0
+        return _push(words) if command == "push" else _run(words)
+    except ConfigError as error:
+        print(f"deltaexp: {error}", file=sys.stderr)
+        return 2
+    except DeltaExpError as error:
+        print(f"deltaexp: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("deltaexp: stopped by the keyboard.", file=sys.stderr)
+        return 130
+
+
+def _run(words: list[str]) -> int:
+    """Check what was typed, then let Hydra compose it again and call the run, once or for every job of a sweep."""
+    import hydra
+    from hydra.main import get_args_parser
+    from omegaconf import DictConfig, OmegaConf
+
+    from deltaexp.lab import schema
+
+    options = get_args_parser().parse_args(words)
+    search_path = [options.config_dir] if options.config_dir else []
+    if not (options.hydra_help or options.info or options.shell_completion):
+        if options.multirun:
+            schema.check_sweep(options.overrides, search_path)
+        else:
+            if any(override.is_sweep_override() for override in schema.parse(options.overrides)):
+                raise ConfigError(
+                    "Several values for one key are a sweep: add -m, e.g. deltaexp -m delta_type=lora,adapter."
+                )
+            schema.composed(options.overrides, search_path)
+    if not OmegaConf.has_resolver("short_id"):
+        OmegaConf.register_new_resolver("short_id", lambda: os.urandom(3).hex(), use_cache=True)
+
+    def job(cfg: DictConfig) -> float | None:
+        from hydra.core.hydra_config import HydraConfig
+
+        run_config, delta_config = schema.split(cfg)
+        folder = HydraConfig.get().runtime.output_dir
+        from deltaexp.lab.run import run  # torch and transformers are imported here, not earlier
+
+        return run(run_config, delta_config, folder).score
+
+    schema.register_schemas()
+    # Errors reach us as they are, instead of printed by Hydra with a hint at its own switches.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    previous, sys.argv = sys.argv, ["deltaexp", *words]
+    try:
+        hydra.main(config_path=str(schema.config_dir()), config_name="config", version_base="1.3")(job)()
+    finally:
+        sys.argv = previous
+    return 0
+
+
+def _push(words: list[str]) -> int:
+    """Push the folder of a delta: ``push FOLDER ORG/NAME [private=true] [revision=BRANCH]``."""
+    options = dict(word.split("=", 1) for word in words if "=" in word)
+    places = [word for word in words if "=" not in word]
+    wrong = [key for key in options if key not in ("private", "revision")]
+    if wrong:
+        raise ConfigError(unknown("option of push", wrong[0], ("private", "revision")))
+    if options.get("private", "true") not in ("true", "false"):
+        raise ConfigError(f"private is {options['private']!r}; it must be true or false.")
+    if len(places) != 2:
+        raise ConfigError(
+            "push needs the folder of a delta and a repository: deltaexp push outputs/.../delta DeltaHub/name"
+        )
+    from deltaexp import hub
+
+    private = options["private"] == "true" if "private" in options else None
+    print(f"Pushed and verified: {hub.push(*places, private=private, revision=options.get('revision'))}")
+    return 0
+
+
+def _help(words: list[str]) -> str:
+    """Return the help text: usage, every group with its choices, and the keys of a delta type."""
+    import dataclasses
+
+    from deltaexp.lab import config as lab_config
+    from deltaexp.lab import schema
+
+    lines = [USAGE]
+    for group in schema.GROUPS:
+        lines.append(f"{group}=")
+        found = schema.choices(group)
+        width = max(map(len, found), default=0)
+        lines += [f"    {name:<{width}}  {text}" for name, text in found.items()] or ["    (none)"]
+    chosen = next((word.split("=", 1)[1] for word in words if word.startswith("delta_type=")), "lora")
+    lines.append(f"\nkeys of delta_type={chosen} (default):")
+    lines += [f"    {key}={value}" for key, value in schema.defaults_of(chosen).items() if key != "delta_type"]
+    lines.append("\nkeys of a run (default; a task may set another):")
+    lines.append(f"    seed={lab_config.RunConfig().seed}")
+    for name, section in lab_config.PARTS.items():
+        for field in dataclasses.fields(type(section())):
+            value = getattr(section(), field.name)
+            lines.append(f"    {name}.{field.name}={'null' if value is None else value}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

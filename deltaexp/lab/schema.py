@@ -1,0 +1,227 @@
+"""From the command line to checked configs, by Hydra: the config groups, the schema, and errors in whole sentences."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import make_dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from deltaexp import registry
+from deltaexp.errors import ConfigError, did_you_mean, listing, unknown
+from deltaexp.lab import config as lab_config
+from deltaexp.lab.config import RunConfig
+from deltaexp.registry import DeltaConfig
+
+GROUPS = ("delta_type", "backbone", "task", "trainer", "hub", "tracker", "experiment")
+"""The config groups, in the order of ``conf/config.yaml``'s defaults list."""
+
+
+def config_dir() -> Path:
+    """Return the folder ``conf/``: inside the installed package, or at the top of a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def choices(group: str) -> dict[str, str]:
+    """Return the choices of a config group, each with the line that describes it."""
+    result = {}
+    for path in sorted((config_dir() / group).glob("*.yaml")):
+        comments = [line.lstrip("# ").rstrip() for line in path.read_text("utf-8").splitlines() if line.startswith("#")]
+        result[path.stem] = next((line for line in comments if line and not line.startswith("@package")), "")
+    if group == "delta_type":
+        for name in registry.known():
+            result.setdefault(name, (registry.get(name).__doc__ or "").split("\n", 1)[0])
+    return result
+
+
+def register_schemas() -> None:
+    """Tell Hydra the type of the root config for every delta type: its own keys and those of a run, flat."""
+    store = ConfigStore.instance()
+    for name in registry.known():
+        config_class = registry.get(name)
+        # Two dataclasses merge at the root only if one is a subclass of the other, hence one type for each delta.
+        root = make_dataclass(f"{config_class.__name__}Run", [], bases=(config_class, RunConfig))
+        store.store(group="schema", name=name, node=root, package="_global_")
+        if not (config_dir() / "delta_type" / f"{name}.yaml").exists():
+            # A type from another package is a choice as soon as it is registered, without a YAML file.
+            store.store(
+                group="delta_type", name=name, node={"defaults": [f"/schema/{name}", "_self_"]}, package="_global_"
+            )
+
+
+def split(cfg: DictConfig) -> tuple[RunConfig, DeltaConfig]:
+    """Part a composed root config into the run's and the delta's, both checked.
+
+    Raises:
+        ConfigError: If a key or a value is not allowed, or a mandatory value is missing.
+    """
+    try:
+        values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_omegaconf_sentence(error)) from error
+    assert isinstance(values, dict)
+    run_keys = {f.name for f in dataclasses.fields(RunConfig)}
+    run = {str(key): value for key, value in values.items() if key in run_keys}
+    delta = {str(key): value for key, value in values.items() if key not in run_keys and key != "hydra"}
+    return lab_config.from_dict(run), DeltaConfig.from_dict(delta)
+
+
+def composed(overrides: Sequence[str], search_path: Sequence[str] = ()) -> tuple[RunConfig, DeltaConfig]:
+    """Compose one run's config and check all of it, without importing torch.
+
+    Raises:
+        ConfigError: If anything in it is not allowed.
+    """
+    register_schemas()
+    parsed = parse(overrides)
+    check_keys(parsed)
+    extra = (
+        [f"hydra.searchpath=[{','.join(f'file://{Path(p).resolve()}' for p in search_path)}]"] if search_path else []
+    )
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            cfg = compose("config", overrides=[*overrides, *extra])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_hydra_sentence(error)) from error
+    return split(cfg)
+
+
+def check_sweep(overrides: Sequence[str], search_path: Sequence[str] = ()) -> int:
+    """Check every job of a sweep before the first one starts; return how many there are.
+
+    Raises:
+        ConfigError: If one of the jobs cannot be composed; the message says which.
+    """
+    options: list[list[str]] = []
+    for override in parse(overrides):
+        if override.is_discrete_sweep():
+            key = override.get_key_element()
+            options.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        else:
+            options.append([override.input_line or ""])
+    jobs = list(itertools.product(*options))
+    for number, job in enumerate(jobs):
+        try:
+            composed(job, search_path)
+        except ConfigError as error:
+            raise ConfigError(f"Job {number + 1} of {len(jobs)} ({' '.join(job)}) cannot run: {error}") from error
+    return len(jobs)
+
+
+def parse(overrides: Sequence[str]) -> list[Override]:
+    """Parse overrides by Hydra's grammar.
+
+    Raises:
+        ConfigError: If one is malformed.
+    """
+    parsed = []
+    for text in overrides:
+        try:
+            parsed += OverridesParser.create().parse_overrides([text])
+        except HydraException as error:
+            raise ConfigError(
+                f"{text!r} is no override, which looks like key=value. {_first_line(error)} "
+                "Put a value that holds spaces, commas or brackets in quotes, e.g. 'key=\"a, b\"'."
+            ) from error
+    return parsed
+
+
+def check_keys(overrides: Sequence[Override]) -> None:
+    """Check every key and every choice of a group that the user typed, also those typed with ``+`` or ``~``.
+
+    Raises:
+        ConfigError: If one does not exist; the message names the nearest.
+    """
+    delta_type = "lora"
+    for override in overrides:
+        key = override.key_or_group
+        if key in GROUPS and override.value() is not None and not override.is_sweep_override():
+            chosen, known = str(override.value()), choices(key)
+            if chosen not in known:
+                raise ConfigError(unknown(key, chosen, known or ["null"]))
+            delta_type = chosen if key == "delta_type" else delta_type
+    for override in overrides:
+        key = override.key_or_group
+        if key in GROUPS or key.split(".")[0] == "hydra":
+            continue
+        _check_path(key, delta_type)
+        if override.is_add() or override.is_force_add() or override.is_delete():
+            raise ConfigError(f"{override.input_line!r}: the config has fixed keys; write {key}=VALUE to set one.")
+
+
+def _check_path(key: str, delta_type: str) -> None:
+    """Check that a dotted key exists for a run with this delta type."""
+    section, _, rest = key.partition(".")
+    fields = _fields(RunConfig) | _fields(registry.get(delta_type))
+    if section not in fields:
+        owners = [name for name in registry.known() if section in _fields(registry.get(name))]
+        if owners:
+            raise ConfigError(
+                f"delta_type={delta_type} has no key {section!r}; it belongs to delta_type={listing(owners)}."
+            )
+        hint = did_you_mean(section, fields) or _elsewhere(section)
+        raise ConfigError(
+            f"There is no key {section!r}.{hint} See all keys with: deltaexp --help delta_type={delta_type}"
+        )
+    if rest and rest not in (_section(section) if section in lab_config.PARTS else {}):
+        raise ConfigError(unknown(f"key of {section}", rest, _section(section) if section in lab_config.PARTS else []))
+
+
+def _elsewhere(name: str) -> str:
+    """Say in which section a key lies that was typed without it."""
+    for section in lab_config.PARTS:
+        if name in _section(section):
+            return f" Did you mean '{section}.{name}'?"
+    return ""
+
+
+def _section(name: str) -> dict[str, Any]:
+    return _fields(type(lab_config.PARTS[name]()))
+
+
+def _fields(schema: type) -> dict[str, Any]:
+    return {f.name: f for f in dataclasses.fields(schema)}
+
+
+def _hydra_sentence(error: Exception) -> str:
+    """Return what Hydra has to say in one sentence, with the cause where the cause says more."""
+    cause = error.__cause__
+    if isinstance(cause, OmegaConfBaseException):
+        return f"{_first_line(error)}: {_omegaconf_sentence(cause)}"
+    if isinstance(error, OmegaConfBaseException):
+        return _omegaconf_sentence(error)
+    return _first_line(error)
+
+
+def _omegaconf_sentence(error: OmegaConfBaseException) -> str:
+    key = getattr(error, "full_key", None)
+    text = _first_line(error)
+    if "Missing mandatory value" in text:
+        return f"{key} must be given, e.g. {key}=..."
+    return f"{key}: {text}" if key and key not in text else text
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".") + ("" if not lines else ".")
+
+
+def defaults_of(delta_type: str) -> Mapping[str, Any]:
+    """Return the keys of a delta type with their defaults."""
+    result = {}
+    for field in dataclasses.fields(registry.get(delta_type)):
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        result[field.name] = default
+    return result
