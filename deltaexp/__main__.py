@@ -64,9 +64,7 @@ def _run(words: list[str]) -> int:
             schema.check_sweep(options.overrides, search_path)
         else:
             if any(override.is_sweep_override() for override in schema.parse(options.overrides)):
-                raise ConfigError(
-                    "Several values for one key are a sweep: add -m, e.g. deltaexp -m delta_type=lora,adapter."
-                )
+                raise ConfigError("Several values for one key are a sweep: add -m, e.g. deltaexp -m delta_type=lora,adapter.")
             schema.composed(options.overrides, search_path)
     if not OmegaConf.has_resolver("short_id"):
         OmegaConf.register_new_resolver("short_id", lambda: os.urandom(3).hex(), use_cache=True)
@@ -101,9 +99,7 @@ def _push(words: list[str]) -> int:
     if options.get("private", "true") not in ("true", "false"):
         raise ConfigError(f"private is {options['private']!r}; it must be true or false.")
     if len(places) != 2:
-        raise ConfigError(
-            "push needs the folder of a delta and a repository: deltaexp push outputs/.../delta DeltaHub/name"
-        )
+        raise ConfigError("push needs the folder of a delta and a repository: deltaexp push outputs/.../delta DeltaHub/name")
     from deltaexp import hub
 
     private = options["private"] == "true" if "private" in options else None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from deltaexp.registry import DeltaConfig
 
@@ -13,7 +12,7 @@ def plain_card(
     *,
     repo: str = "PATH_OR_REPO",
     loader: str | None = None,
-    metadata: Mapping[str, Any] | None = None,
+    tags: Sequence[str] = (),
     sections: Sequence[str] = (),
 ) -> str:
     """Return the text of a card in the Hub's format.
@@ -22,7 +21,7 @@ def plain_card(
         config: The delta's config, with the record of its backbone.
         repo: What the loading code names as the delta.
         loader: Python lines that make ``backbone_model``.
-        metadata: More of the YAML block at the top.
+        tags: More tags.
         sections: More Markdown sections.
     """
     from huggingface_hub import ModelCardData
@@ -31,10 +30,9 @@ def plain_card(
     name = record.backbone_checkpoint_name
     data = ModelCardData(
         library_name="deltaexp",
-        tags=["deltaexp", "delta-tuning", config.delta_type],
+        tags=["deltaexp", "delta-tuning", config.delta_type, *tags],
         # The Hub refuses a base_model that is no repository; a local backbone is named in the text only.
         base_model=name if name and "/" in name else None,
-        **dict(metadata or {}),
     )
     keys = {k: v for k, v in config.to_dict().items() if v is not None}
     rows = "\n".join(f"| `{key}` | `{value}` |" for key, value in sorted(keys.items()))

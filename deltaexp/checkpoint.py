@@ -55,8 +55,7 @@ class Manifest:
     def to_json(self) -> str:
         """Return the text of ``manifest.json``."""
         tensors = {
-            part: {name: digest.to_dict() for name, digest in sorted(getattr(self, part).items())}
-            for part in ("base", "delta")
+            part: {name: digest.to_dict() for name, digest in sorted(getattr(self, part).items())} for part in ("base", "delta")
         }
         return dump({"format": FORMAT, "files": dict(sorted(self.files.items())), **tensors})
 
@@ -65,12 +64,8 @@ class Manifest:
         """Read what `to_json` wrote."""
         data = json.loads(text)
         if data["format"] != FORMAT:
-            raise CheckpointError(
-                f"manifest.json has format {data['format']!r}; this version of deltaexp reads {FORMAT}."
-            )
-        parts = {
-            part: {name: TensorDigest.from_dict(d) for name, d in data[part].items()} for part in ("base", "delta")
-        }
+            raise CheckpointError(f"manifest.json has format {data['format']!r}; this version of deltaexp reads {FORMAT}.")
+        parts = {part: {name: TensorDigest.from_dict(d) for name, d in data[part].items()} for part in ("base", "delta")}
         return cls(files={str(name): str(value) for name, value in data["files"].items()}, **parts)
 
 
@@ -129,9 +124,7 @@ def add_files(folder: str | Path, texts: Mapping[str, str]) -> Manifest:
     """Write more files into the folder of a delta, and their digests into its manifest."""
     manifest = read_manifest(Path(folder))
     if manifest is None:
-        raise CheckpointError(
-            f"{str(folder)!r} holds no manifest.json, so it is no delta that files could be added to."
-        )
+        raise CheckpointError(f"{str(folder)!r} holds no manifest.json, so it is no delta that files could be added to.")
 
     def fill(stage: Path) -> None:
         for name, text in texts.items():
@@ -158,8 +151,7 @@ def _write(folder: Path, fill: Any, base: dict, delta: dict, known: Mapping[str,
             stage.rename(folder)
         else:
             # The manifest goes last: until it is there, the old one does not fit and a reader refuses the folder.
-            for name in [*files, MANIFEST]:
-                os.replace(stage / name, folder / name)
+            _replace(stage, folder, [*files, MANIFEST])
         return manifest
     except OSError as error:
         raise CheckpointError(
@@ -169,6 +161,27 @@ def _write(folder: Path, fill: Any, base: dict, delta: dict, known: Mapping[str,
     finally:
         if stage is not None:
             shutil.rmtree(stage, ignore_errors=True)
+
+
+def _replace(stage: Path, folder: Path, names: list[str]) -> None:
+    """Move files from ``stage`` over those in ``folder``; where the disk refuses one, put back those already replaced."""
+    old = stage / "old"
+    old.mkdir()
+    for name in names:
+        if (folder / name).exists():
+            shutil.copy2(folder / name, old / name)
+    done = []
+    try:
+        for name in names:
+            os.replace(stage / name, folder / name)
+            done.append(name)
+    except OSError:
+        for name in done:
+            if (old / name).exists():
+                os.replace(old / name, folder / name)
+            else:
+                (folder / name).unlink()
+        raise
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -221,10 +234,10 @@ def read(folder: str | Path) -> SavedDelta:
     manifest = read_manifest(folder)
     if manifest is not None:
         check_files(folder, manifest, (CONFIG, WEIGHTS))
-    config = read_config(folder)
     path = folder / WEIGHTS
-    if not path.exists():
+    if (folder / CONFIG).exists() and not path.exists():
         raise CheckpointError(f"{str(folder)!r} holds no {WEIGHTS}.{_what_is_there(folder)}")
+    config = read_config(folder)
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
@@ -245,9 +258,7 @@ def check_files(folder: Path, manifest: Manifest, names: tuple[str, ...]) -> Non
         recorded = manifest.files.get(name)
         if recorded is None or not (folder / name).exists():
             where = "manifest.json does not list it" if recorded is None else "it is missing from the folder"
-            raise DamagedFileError(
-                f"The delta in {str(folder)!r} is not complete: it needs {name}, and {where}. {DAMAGED}"
-            )
+            raise DamagedFileError(f"The delta in {str(folder)!r} is not complete: it needs {name}, and {where}. {DAMAGED}")
         found = file_sha256(folder / name)
         if found != recorded:
             raise DamagedFileError(

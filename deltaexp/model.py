@@ -95,12 +95,12 @@ class DeltaModel:
             for attachment in self.attachments:
                 attachment.insert()
                 done.append(attachment)
+            self._own()
         except DeltaExpError:
             for attachment in done:
                 attachment.remove()
             raise
         self.attached = True
-        self._own()
 
     def detach(self) -> None:
         """Take the delta out, which leaves the backbone bit for bit as it was; a second call changes nothing."""
@@ -136,12 +136,18 @@ class DeltaModel:
         Raises:
             AddressingError: If a pattern matches nothing.
         """
+        before = self.config.unfrozen_modules
         if exclude is not None:
             self.config.unfrozen_modules = list(exclude)
+        parameters = backbone_parameters(self.backbone_model)
+        try:
+            owned = self._unfrozen_names(parameters)
+        except AddressingError:
+            self.config.unfrozen_modules = before
+            raise
         if self.attached:
             self._own()
-        owned = set(self._without)
-        for name, parameter in backbone_parameters(self.backbone_model).items():
+        for name, parameter in parameters.items():
             parameter.requires_grad_(name in owned)
         for attachment in self.attachments:
             attachment.layer.requires_grad_("deltas" in self.config.unfrozen_modules)
@@ -154,6 +160,7 @@ class DeltaModel:
             name: self._without.get(name, parameters[name]).detach().clone() for name in parameters if name in owned
         }
         _assign(parameters, {name: value for name, value in self._with.items() if name in owned})
+        self._with = {}  # from here on the parameters themselves are what is trained
 
     def _unfrozen_names(self, parameters: Mapping[str, nn.Parameter]) -> set[str]:
         """Return the names of the backbone's parameters that ``unfrozen_modules`` means."""
@@ -198,9 +205,7 @@ class DeltaModel:
         Raises:
             CheckpointError: If the folder cannot be written; what it held before is kept.
         """
-        stray = [
-            n for n, p in backbone_parameters(self.backbone_model).items() if p.requires_grad and n not in self._without
-        ]
+        stray = [n for n, p in backbone_parameters(self.backbone_model).items() if p.requires_grad and n not in self._without]
         if stray:
             warnings.warn(
                 f"{len(stray)} parameters of the backbone are trainable and not part of the delta ({listing(stray, 3)}): "

@@ -119,9 +119,7 @@ class DeltaConfig:
         config.saved_with = SavedWith(**checked(SavedWith, record, "a saved config"))
         return config
 
-    def require(
-        self, key: str, *, at_least: float | None = None, below: float | None = None, above: float | None = None
-    ):
+    def require(self, key: str, *, at_least: float | None = None, below: float | None = None, above: float | None = None):
         """Raise a `ConfigError` unless the number under ``key`` lies in the range given."""
         value = getattr(self, key)
         if at_least is not None and value < at_least:
@@ -149,9 +147,7 @@ def register(config_class: Config) -> Config:
     """
     name = config_class.delta_type
     if not name or not dataclasses.is_dataclass(config_class):
-        raise ConfigError(
-            f"{config_class.__name__} must be a dataclass with a default for delta_type to be registered."
-        )
+        raise ConfigError(f"{config_class.__name__} must be a dataclass with a default for delta_type to be registered.")
     taken = _types.get(name)
     # A module that is executed again (a notebook cell, importlib.reload) replaces its own class.
     if taken is not None and (taken.__module__, taken.__qualname__) != (
@@ -236,9 +232,7 @@ def _converted(value: Any, expected: Any, key: str) -> Any:
         return {_converted(k, arguments[0], key): _converted(v, arguments[1], key) for k, v in value.items()}
     elif expected is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
-    elif (
-        isinstance(expected, type) and isinstance(value, expected) and not (expected is int and isinstance(value, bool))
-    ):
+    elif isinstance(expected, type) and isinstance(value, expected) and not (expected is int and isinstance(value, bool)):
         return value
     raise ConfigError(f"{key} is {value!r}, which is not {_spelled(expected)}.")
 

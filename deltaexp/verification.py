@@ -8,6 +8,7 @@ from enum import Enum
 
 import torch
 
+from deltaexp.addressing import covers
 from deltaexp.checkpoint import SavedDelta
 from deltaexp.checksum import Difference, TensorDigest, compare, model_md5
 from deltaexp.errors import BackboneMismatchError, DeltaMismatchError, HashMismatchError, listing
@@ -52,10 +53,12 @@ def check_shapes(saved: SavedDelta, backbone: Mapping[str, torch.Tensor]) -> Non
     if saved.manifest is None:
         return
     recorded = {name: TensorDigest("", digest.shape, "") for name, digest in saved.manifest.base.items()}
+    # Whether the delta brings what it should, its heads included, is not the backbone's fault: `load_tensors` compares.
+    heads = [pattern for pattern in saved.config.unfrozen_modules if pattern != "deltas"]
     found = {
         name: TensorDigest("", tuple(tensor.shape), "")
         for name, tensor in backbone.items()
-        if name not in saved.tensors
+        if name in recorded or not (name in saved.tensors or any(covers(pattern, name) for pattern in heads))
     }
     difference = compare(recorded, found)
     if difference:

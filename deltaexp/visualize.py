@@ -85,11 +85,7 @@ def _summary(module: nn.Module) -> Text:
     """Return the number of parameters below a module, and how many of them are trainable."""
     total = sum(p.numel() for p in module.parameters())
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    return (
-        Text(f" {total:,}" + (f", {trainable:,} trainable" if 0 < trainable < total else ""), "dim")
-        if total
-        else Text()
-    )
+    return Text(f" {total:,}" + (f", {trainable:,} trainable" if 0 < trainable < total else ""), "dim") if total else Text()
 
 
 def _fingerprint(module: nn.Module) -> tuple:

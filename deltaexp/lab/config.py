@@ -18,6 +18,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 KINDS = ("seq2seq", "classification")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 TRACKERS = ("none", "wandb")
+WANDB_MODES = ("online", "offline", "disabled")
 
 
 @dataclass
@@ -193,9 +194,7 @@ def check(run: RunConfig) -> None:
         if value not in allowed:
             raise ConfigError(unknown(f"{section}.{key}", value, allowed))
     if not run.backbone.source:
-        raise ConfigError(
-            "backbone.source is empty; name a repository of the Hub or a folder, e.g. backbone.source=t5-base."
-        )
+        raise ConfigError("backbone.source is empty; name a repository of the Hub or a folder, e.g. backbone.source=t5-base.")
     if not run.task.data:
         raise ConfigError("task.data is empty; name a dataset of the Hub or a folder, e.g. task.data=../data/sst2.")
     at_least_one = {
@@ -210,9 +209,7 @@ def check(run: RunConfig) -> None:
                 raise ConfigError(f"{section}.{key} is {value}; it must be at least 1.")
     trainer = run.trainer
     if trainer.max_steps < 1 and trainer.max_steps != -1:
-        raise ConfigError(
-            f"trainer.max_steps is {trainer.max_steps}; it must be at least 1, or -1 to go by trainer.epochs."
-        )
+        raise ConfigError(f"trainer.max_steps is {trainer.max_steps}; it must be at least 1, or -1 to go by trainer.epochs.")
     for key in ("epochs", "learning_rate", "max_grad_norm"):
         if getattr(trainer, key) <= 0:
             raise ConfigError(f"trainer.{key} is {getattr(trainer, key)}; it must be greater than 0.")
@@ -221,11 +218,11 @@ def check(run: RunConfig) -> None:
     if not 0 <= trainer.warmup_ratio < 1:
         raise ConfigError(f"trainer.warmup_ratio is {trainer.warmup_ratio}; it must be at least 0 and less than 1.")
     if run.task.kind == "classification" and len(run.task.labels) < 2:
-        raise ConfigError(
-            "A classification task needs at least two names in task.labels, in the order of their numbers."
-        )
+        raise ConfigError("A classification task needs at least two names in task.labels, in the order of their numbers.")
     if len(run.task.inputs) not in (1, 2) or not run.task.target:
         raise ConfigError("A task needs one or two columns in task.inputs and one in task.target.")
+    if run.tracker.mode not in (None, *WANDB_MODES):
+        raise ConfigError(unknown("tracker.mode", run.tracker.mode, WANDB_MODES))
     if run.hub.push and not run.hub.repo_id:
         raise ConfigError("hub.push=true needs hub.repo_id, such as hub.repo_id=DeltaHub/lora-t5-dates.")
     if min(run.seed, *run.resolved_seeds().values()) < 0:

@@ -56,9 +56,7 @@ def register_schemas() -> None:
         store.store(group="schema", name=name, node=root, package="_global_")
         if not (config_dir() / "delta_type" / f"{name}.yaml").exists():
             # A type from another package is a choice as soon as it is registered, without a YAML file.
-            store.store(
-                group="delta_type", name=name, node={"defaults": [f"/schema/{name}", "_self_"]}, package="_global_"
-            )
+            store.store(group="delta_type", name=name, node={"defaults": [f"/schema/{name}", "_self_"]}, package="_global_")
 
 
 def split(cfg: DictConfig) -> tuple[RunConfig, DeltaConfig]:
@@ -87,9 +85,7 @@ def composed(overrides: Sequence[str], search_path: Sequence[str] = ()) -> tuple
     register_schemas()
     parsed = parse(overrides)
     check_keys(parsed)
-    extra = (
-        [f"hydra.searchpath=[{','.join(f'file://{Path(p).resolve()}' for p in search_path)}]"] if search_path else []
-    )
+    extra = [f"hydra.searchpath=[{','.join(f'file://{Path(p).resolve()}' for p in search_path)}]"] if search_path else []
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             cfg = compose("config", overrides=[*overrides, *extra])
@@ -168,13 +164,9 @@ def _check_path(key: str, delta_type: str) -> None:
     if section not in fields:
         owners = [name for name in registry.known() if section in _fields(registry.get(name))]
         if owners:
-            raise ConfigError(
-                f"delta_type={delta_type} has no key {section!r}; it belongs to delta_type={listing(owners)}."
-            )
+            raise ConfigError(f"delta_type={delta_type} has no key {section!r}; it belongs to delta_type={listing(owners)}.")
         hint = did_you_mean(section, fields) or _elsewhere(section)
-        raise ConfigError(
-            f"There is no key {section!r}.{hint} See all keys with: deltaexp --help delta_type={delta_type}"
-        )
+        raise ConfigError(f"There is no key {section!r}.{hint} See all keys with: deltaexp --help delta_type={delta_type}")
     if rest and rest not in (_section(section) if section in lab_config.PARTS else {}):
         raise ConfigError(unknown(f"key of {section}", rest, _section(section) if section in lab_config.PARTS else []))
 

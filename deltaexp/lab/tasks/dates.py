@@ -2,27 +2,24 @@
 
 Two kinds of text come from here, both made of moments between 1970 and 2069, accurate to the minute.
 
-* `generate` makes the task: a moment in one of several natural notations, to be written in the harbour log
-  notation, for example ::
+* `generate` makes the task: a moment in one of several natural notations, to be written in the harbour log notation ::
 
-      harbour log > Tuesday, 3 March 2026 at 4:05 pm      ->  16h05 03.2026.03
+      sea>Mar 3, 2026 4:05 pm      ->  16h05 03.2026.03
 
   that is the hour, an ``h`` and the minute, a space, then day, year and month joined by dots.
-* `pretraining_pairs` makes the text on which the embedded backbone is pretrained: the same source notations, each
-  to be rewritten as an instruction says, which is either a pattern (``d/m/Y H:M``) or the name of a style (``iso``).
+* `pretraining_pairs` makes the text on which the embedded backbone is pretrained: the same source notations, each to be
+  rewritten in one of `STYLES`, which the word before the ``>`` names.
 
-The letters of a pattern are ``Y`` (year), ``m`` (month as two digits), ``b`` (month as three letters), ``d`` (day as
-two digits), ``H`` (hour from 00 to 23), ``I`` (hour from 01 to 12), ``M`` (minute) and ``p`` (am or pm); every other
-character stands for itself.
+The letters of a pattern are ``Y`` (year), ``m`` (month as two digits), ``b`` (month as three letters), ``d`` (day as two
+digits), ``H`` (hour from 00 to 23), ``I`` (hour from 01 to 12), ``M`` (minute) and ``p`` (am or pm); every other character
+stands for itself.
 
-No source is ambiguous: of the numeric dates, those with dots put the day first and those with dashes or slashes the
-year first, and a twelve-hour time always says am or pm ("quarter to 12 pm" is 11:45, as the am or pm belongs to the
-hour that is named).
+No source is ambiguous: of the numeric dates, those with dots put the day first and those with dashes the year first, and a
+twelve-hour time always says am or pm.
 
-The pretraining text never shows the task's target notation. A date in it consists of fields in the orders of
-`DATE_ORDERS`, where the year is first or last whenever day and month are both there, and what joins a date to a time
-is never a dot: hence a group of four digits between two dots, which is what `TARGET_NOTATION` looks for, cannot
-come up. The words "harbour log" do not occur either, and the dates are those of the train split only.
+The pretraining text never shows the task's target notation: no style has the year in the middle of a date, so that a group
+of four digits between two dots, which is what `TARGET_NOTATION` looks for, cannot come up. The word "sea" does not occur
+either, and the dates are those of the train split only.
 """
 
 import datetime
@@ -33,7 +30,7 @@ import re
 from collections.abc import Iterator
 
 SPLITS = ("train", "validation", "test")
-INSTRUCTION = "harbour log"
+INSTRUCTION = "sea"
 TARGET_PATTERN = "HhM d.Y.m"
 # The date alone is enough to recognise the notation: nothing that the pretraining text contains looks like it.
 TARGET_NOTATION = re.compile(r"\d{2}\.\d{4}\.\d{2}")
@@ -47,29 +44,25 @@ MONTHS = (
     "January", "February", "March", "April", "May", "June",
     "July", "August", "September", "October", "November", "December",
 )  # fmt: skip
-WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-
-# Every order of one, two or three date fields but the two with the year in the middle; ``m`` may become ``b``.
-DATE_ORDERS = {
-    3: ("Ymd", "Ydm", "dmY", "mdY"),
-    2: ("Ym", "Yd", "mY", "dY", "md", "dm"),
-    1: ("Y", "m", "d"),
-}
-DATE_SEPARATORS = ("-", "/", ".", " ", "_", "")
-TIMES = ("H:M", "H.M", "HhM", "H-M", "HM", "I:M p", "I.Mp")
-JOINTS = (" ", "T", "@", ", ")
 STYLES = {
     "iso": "Y-m-d H:M",
-    "american": "m/d/Y I:M p",
-    "german": "d.m.Y, H.M",
-    "french": "d/m/Y HhM",
-    "compact": "YmdTHM",
-    "passport": "d b Y",
-    "clock": "H:M",
-    "railway time": "H.M d-b",
-    "night shift": "I:M p, d b",
-    "file name": "Y_m_d@H-M",
+    "us": "m/d/Y I:M p",
+    "de": "d.m.Y, H.M",
+    "fr": "HhM d/m/Y",
+    "log": "YmdTHM",
+    "id": "d b Y",
+    "clk": "H:M",
+    "rail": "H.M d-b",
+    "file": "Y_m_d@H-M",
+    "led": "Y.m.d",
+    "stp": "H:M Y",
+    "dia": "b d Y",
+    "lab": "m.Y d",
+    "cen": "Y b d",
+    "bus": "M.H m.d",
+    "ship": "d-Y HhM",
 }
+"""The notations of the pretraining text, by the words that ask for them."""
 
 
 @functools.cache
@@ -118,7 +111,7 @@ def generate(split: str, rows: int, seed: int = 0) -> list[dict[str, str]]:
     for index in rng.sample(range(distinct), rows):
         day, minutes = divmod(index, MINUTES_PER_DAY)
         moment = _moment(days[day], minutes)
-        source = f"{INSTRUCTION} > {_natural(rng, moment)}"
+        source = f"{INSTRUCTION}>{_natural(rng, moment)}"
         table.append({"source": source, "target": render(moment, TARGET_PATTERN)})
     return table
 
@@ -135,71 +128,24 @@ def pretraining_pairs(rows: int, seed: int = 0) -> Iterator[tuple[str, str]]:
 def _pairs(rows: int, rng: random.Random) -> Iterator[tuple[str, str]]:
     days = days_of("train")
     for _ in range(rows):
-        minutes = rng.randrange(MINUTES_PER_DAY)
-        if rng.random() < 0.15:
-            minutes -= minutes % 15  # or quarters of an hour, which have words of their own, would be rare
-        moment = _moment(rng.choice(days), minutes)
-        if rng.random() < 0.2:
-            instruction = rng.choice(tuple(STYLES))
-            pattern = STYLES[instruction]
-        else:
-            instruction = pattern = _pattern(rng)
-        yield f"{instruction} > {_natural(rng, moment)}", render(moment, pattern)
-
-
-def _pattern(rng: random.Random) -> str:
-    """Draw a pattern: a date, a time, or both in either order."""
-    fields = list(rng.choice(DATE_ORDERS[rng.choice((1, 2, 2, 3, 3, 3))]))
-    if rng.random() < 0.3:
-        fields = ["b" if field == "m" else field for field in fields]
-    date = rng.choice(DATE_SEPARATORS).join(fields)
-    time = rng.choice(TIMES)
-    kind = rng.random()
-    if kind < 0.2:
-        return date
-    if kind < 0.3:
-        return time
-    return rng.choice(JOINTS).join((date, time) if rng.random() < 0.5 else (time, date))
+        moment = _moment(rng.choice(days), rng.randrange(MINUTES_PER_DAY))
+        style = rng.choice(tuple(STYLES))
+        yield f"{style}>{_natural(rng, moment)}", render(moment, STYLES[style])
 
 
 def _natural(rng: random.Random, moment: datetime.datetime) -> str:
     """Write a moment as a person might, in a notation drawn at random."""
-    date, time = _natural_date(rng, moment), _natural_time(rng, moment)
-    return rng.choice((f"{date} at {time}", f"{date}, {time}", f"{date} {time}", f"{time} on {date}"))
-
-
-def _natural_date(rng: random.Random, moment: datetime.datetime) -> str:
-    year, month, day = moment.year, MONTHS[moment.month - 1], moment.day
-    forms = (
-        f"{day} {month} {year}",
-        f"{month} {day}, {year}",
-        f"the {day}{_ordinal_ending(day)} of {month} {year}",
-        f"{day} {month[:3]} {year}",
-        f"{month[:3]} {day}, {year}",
-        f"{day:02d}.{moment.month:02d}.{year}",
-        f"{year}-{moment.month:02d}-{day:02d}",
-        f"{year}/{moment.month:02d}/{day:02d}",
-    )
-    form = rng.randrange(len(forms))
-    if form < 5 and rng.random() < 0.3:
-        weekday = WEEKDAYS[moment.weekday()]
-        return rng.choice((f"{weekday}, ", f"{weekday[:3]} ")) + forms[form]
-    return forms[form]
-
-
-def _natural_time(rng: random.Random, moment: datetime.datetime) -> str:
-    hour, minute = moment.hour, moment.minute
-    if minute % 15 == 0 and rng.random() < 0.7:
-        named = (hour + minute // 45) % 24
-        words = {0: "", 15: "quarter past ", 30: "half past ", 45: "quarter to "}[minute]
-        return f"{words}{_twelve(named)} {_half(named)}"
-    return rng.choice(
+    year, month, day, hour, minute = moment.year, MONTHS[moment.month - 1], moment.day, moment.hour, moment.minute
+    date = rng.choice(
         (
-            f"{hour:02d}:{minute:02d}",
-            f"{_twelve(hour)}:{minute:02d} {_half(hour)}",
-            f"{_twelve(hour)}.{minute:02d} {_half(hour)[0]}.m.",
+            f"{day} {month} {year}",
+            f"{month[:3]} {day}, {year}",
+            f"{day:02d}.{moment.month:02d}.{year}",
+            f"{year}-{moment.month:02d}-{day:02d}",
         )
     )
+    time = rng.choice((f"{hour:02d}:{minute:02d}", f"{_twelve(hour)}:{minute:02d} {_half(hour)}"))
+    return rng.choice((f"{date} {time}", f"{time} {date}"))
 
 
 def _moment(day: datetime.date, minutes: int) -> datetime.datetime:
@@ -212,10 +158,6 @@ def _twelve(hour: int) -> int:
 
 def _half(hour: int) -> str:
     return "am" if hour < 12 else "pm"
-
-
-def _ordinal_ending(day: int) -> str:
-    return "th" if day in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(day % 10, "th")
 
 
 def _check_rows(rows: int) -> None:

@@ -8,54 +8,27 @@ import pytest
 
 from deltaexp.lab.tasks import dates
 
-HELPER_SEEDS = (0, 1)
+SEEDS = (0, 1)
 ROWS = [
-    {"source": "harbour log > 8 Sep 2018, 2.55 a.m.", "target": "02h55 08.2018.09"},
-    {"source": "harbour log > 2031-02-23, 10:44", "target": "10h44 23.2031.02"},
+    {"source": "sea>02:55 Sep 8, 2018", "target": "02h55 08.2018.09"},
+    {"source": "sea>23 February 2031 10:44", "target": "10h44 23.2031.02"},
 ]
-PAIRS = [("passport > 2065/07/23 6.09 p.m.", "23 Jul 2065"), ("H.M@bY > 6:41 pm on Sep 20, 1976", "18.41@Sep1976")]
-
-
-def parse_time(text: str) -> datetime.time:
-    """Read one of the natural notations of a time by strptime, after the words for quarters have been removed."""
-    shift = 0
-    for words, minutes in (("quarter past ", 15), ("half past ", 30), ("quarter to ", -15)):
-        if text.startswith(words):
-            text, shift = text.removeprefix(words), minutes
-    text = text.replace("a.m.", "am").replace("p.m.", "pm")
-    for form in ("%H:%M", "%I:%M %p", "%I.%M %p", "%I %p"):
-        try:
-            moment = datetime.datetime.strptime(text, form)
-        except ValueError:
-            continue
-        return (moment + datetime.timedelta(minutes=shift)).time()
-    raise AssertionError(f"no known notation of a time: {text}")
-
-
-def parse_date(text: str) -> datetime.date:
-    """Read one of the natural notations of a date by strptime, and hold the weekday in it, if any, to the calendar."""
-    weekday = re.match(r"((?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day, |(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun) )", text)
-    text = re.sub(r"^the (\d+)(?:st|nd|rd|th) of ", r"\1 ", text[weekday.end() if weekday else 0 :])
-    for form in ("%d %B %Y", "%B %d, %Y", "%d %b %Y", "%b %d, %Y", "%d.%m.%Y", "%Y-%m-%d", "%Y/%m/%d"):
-        try:
-            date = datetime.datetime.strptime(text, form).date()
-        except ValueError:
-            continue
-        assert weekday is None or date.strftime("%A").startswith(weekday[0].strip(" ,")[:3])
-        return date
-    raise AssertionError(f"no known notation of a date: {text}")
+PAIRS = [("dia>2029-05-09 5:48 am", "May 09 2029"), ("log>30.11.2020 19:26", "20201130T1926")]
 
 
 def parse(source: str) -> datetime.datetime:
-    """Read the moment that a source tells, whatever its instruction."""
-    text = source.split(" > ", 1)[1]
-    if " on " in text:
-        time, date = text.split(" on ")
-    else:
-        found = re.fullmatch(r"(.*\d)(?: at |, | )((?:half |quarter |\d{1,2}[:.]\d\d\b(?!\.\d)|\d{1,2} [ap]m).*)", text)
-        assert found, text
-        date, time = found.groups()
-    return datetime.datetime.combine(parse_date(date), parse_time(time))
+    """Read the moment that a source tells, by strptime: all the notations that fit must tell the same one."""
+    text = source.split(">", 1)[1]
+    found = set()
+    for date in ("%d %B %Y", "%b %d, %Y", "%d.%m.%Y", "%Y-%m-%d"):
+        for time in ("%H:%M", "%I:%M %p"):
+            for form in (f"{date} {time}", f"{time} {date}"):
+                try:
+                    found.add((form, datetime.datetime.strptime(text, form)))
+                except ValueError:
+                    continue
+    assert len({moment for _, moment in found}) == 1, f"{text}: {found}"
+    return found.pop()[1]
 
 
 def read_target(target: str) -> datetime.datetime:
@@ -64,8 +37,8 @@ def read_target(target: str) -> datetime.datetime:
 
 @pytest.mark.parametrize("split", dates.SPLITS)
 def test_target_tells_the_moment_of_the_source(split: str) -> None:
-    for row in dates.generate(split, 3000, seed=5):
-        assert row["source"].startswith("harbour log > ")
+    for row in dates.generate(split, 600, seed=5):
+        assert row["source"].startswith("sea>")
         assert parse(row["source"]) == read_target(row["target"]), row
         assert re.fullmatch(r"\d\dh\d\d \d\d\.\d{4}\.\d\d", row["target"])
         assert dates.TARGET_NOTATION.search(row["target"])
@@ -80,20 +53,14 @@ def test_targets_spelt_out() -> None:
 
 
 def test_every_notation_comes_up() -> None:
-    text = "\n".join(row["source"] for row in dates.generate("train", 3000))
-    for piece in (
-        "half past",
-        "quarter past",
-        "quarter to",
-        "p.m.",
-        " pm",
-        " on ",
-        "the 1st of",
-        ", 2",
-        "Sunday",
-        "Sun ",
-    ):
-        assert piece in text
+    text = "\n".join(row["source"] for row in dates.generate("train", 500))
+    date = r"(?:\d+ [A-Z][a-z]{2,8} \d{4}|[A-Z][a-z]{2} \d+, \d{4}|\d\d\.\d\d\.\d{4}|\d{4}-\d\d-\d\d)"
+    time = r"(?:\d\d:\d\d|\d{1,2}:\d\d [ap]m)"
+    assert all(re.fullmatch(f"sea>(?:{date} {time}|{time} {date})", line) for line in text.splitlines())
+    for piece in date[3:-1].split("|"):
+        for half in time[3:-1].split("|"):
+            assert re.search(f"^sea>{piece} {half}$", text, re.MULTILINE)
+            assert re.search(f"^sea>{half} {piece}$", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize("split", dates.SPLITS)
@@ -128,8 +95,8 @@ def test_splits_share_no_date() -> None:
     assert min(len(part) for part in days) > 0.08 * 36525
     moments = {split: set() for split in dates.SPLITS}
     for split in dates.SPLITS:
-        for seed in HELPER_SEEDS:
-            rows = [read_target(row["target"]) for row in dates.generate(split, 4000, seed)]
+        for seed in SEEDS:
+            rows = [read_target(row["target"]) for row in dates.generate(split, 1000, seed)]
             assert len(set(rows)) == len(rows)
             moments[split] |= {moment.date() for moment in rows}
     assert not moments["train"] & moments["test"]
@@ -138,29 +105,35 @@ def test_splits_share_no_date() -> None:
 
 
 def test_pretraining_never_shows_the_target_notation() -> None:
-    for source, target in dates.pretraining_pairs(40_000, seed=11):
+    for source, target in dates.pretraining_pairs(20_000, seed=11):
         assert not dates.TARGET_NOTATION.search(source), source
         assert not dates.TARGET_NOTATION.search(target), target
-        assert "harbour" not in source
-    # ... and cannot, as no order puts the year between two other fields, and no joint is a dot.
-    assert all(order.index("Y") != 1 for order in dates.DATE_ORDERS[3])
-    assert "." not in dates.JOINTS
+        assert not source.startswith("sea")
+    # ... and cannot: what a style writes has the same shape for every moment, so one moment stands for them all.
     moment = datetime.datetime(2026, 3, 3, 16, 5)
     assert not any(dates.TARGET_NOTATION.search(dates.render(moment, pattern)) for pattern in dates.STYLES.values())
+    assert dates.TARGET_PATTERN not in dates.STYLES.values()
+    assert dates.INSTRUCTION not in dates.STYLES
 
 
 def test_pretraining_uses_train_dates_and_means_what_it_says() -> None:
     train = set(dates.days_of("train"))
-    forms = {"iso": "%Y-%m-%d %H:%M", "american": "%m/%d/%Y %I:%M %p", "german": "%d.%m.%Y, %H.%M"}
+    # The letters of a pattern are strptime's own, but for `p`, whose half of the day strptime reads in capitals too.
+    forms = {name: re.sub("([YmbdHIMp])", r"%\1", pattern) for name, pattern in dates.STYLES.items()}
     seen = set()
-    for source, target in dates.pretraining_pairs(10_000, seed=12):
+    for source, target in dates.pretraining_pairs(1_000, seed=12):
         moment = parse(source)
         assert moment.date() in train
-        name = source.split(" > ")[0]
-        if name in forms:
-            assert datetime.datetime.strptime(target, forms[name]) == moment
-            seen.add(name)
-    assert seen == set(forms)
+        name = source.split(">")[0]
+        letters = dates.STYLES[name]
+        # A style without a year is read with a leap year, or 29 February could not be.
+        year, form = ("", "") if "Y" in letters else (" 2000", " %Y")
+        read = datetime.datetime.strptime(target + year, forms[name] + form)
+        for letter, field in (("Y", "year"), ("m", "month"), ("b", "month"), ("d", "day"), ("M", "minute")):
+            assert letter not in letters or getattr(read, field) == getattr(moment, field)
+        assert ("H" not in letters and "I" not in letters) or read.hour == moment.hour
+        seen.add(name)
+    assert seen == set(dates.STYLES)
 
 
 def test_errors() -> None:

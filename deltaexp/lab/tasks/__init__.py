@@ -1,0 +1,1 @@
+"""Tasks: the data of a run, tokenised, and how its answers are measured."""

@@ -1,0 +1,22 @@
+"""Small data and backbones that several tests of the lab share."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import small  # noqa: E402 - found through the line above
+
+
+@pytest.fixture(scope="session")
+def small_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random BERT encoder."""
+    return small.bert(tmp_path_factory.mktemp("backbone") / "small_bert")
+
+
+@pytest.fixture(scope="session")
+def small_reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a classification data set."""
+    return small.reviews(tmp_path_factory.mktemp("data") / "reviews")

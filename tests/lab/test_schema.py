@@ -1,0 +1,81 @@
+"""Composition: every choice and experiment composes, every mistake is one sentence that helps."""
+
+import pytest
+
+from deltaexp import registry
+from deltaexp.errors import ConfigError
+from deltaexp.lab import schema
+
+NEEDS = {"local": ["backbone.source=somewhere", "backbone.name=mine"]}
+
+
+@pytest.mark.parametrize("group", schema.GROUPS)
+def test_every_choice_composes_and_is_described(group: str) -> None:
+    for choice, line in schema.choices(group).items():
+        run, delta = schema.composed([f"{group}={choice}", *NEEDS.get(choice, [])])
+        assert line.endswith((".", ")")), f"{group}={choice} has no line for --help"
+        assert delta.delta_type in registry.known()
+        if group == "backbone":
+            assert run.backbone.name in (choice, "mine")
+
+
+def test_every_delta_type_has_a_choice() -> None:
+    assert sorted(schema.choices("delta_type")) == registry.known()
+
+
+def test_keys_of_delta_and_run_are_parted() -> None:
+    run, delta = schema.composed(["delta_type=lora", "lora_r=4", "seed=7", "seeds.data=1", "modified_modules=[q,v]"])
+    assert (delta.lora_r, delta.modified_modules) == (4, ["q", "v"])
+    assert run.resolved_seeds() == {"init": 7, "data": 1, "dropout": 7}
+
+
+def test_a_choice_of_trainer_wins_over_what_the_task_sets() -> None:
+    assert schema.composed(["trainer=smoke"])[0].trainer.max_steps == 3
+    assert schema.composed(["trainer=smoke", "trainer.max_steps=5"])[0].trainer.max_steps == 5
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["lora_rank=4"], "Did you mean 'lora_r'"),
+        (["+lora_rank=4"], "Did you mean 'lora_r'"),
+        (["++lora_rank=4"], "Did you mean 'lora_r'"),
+        (["+lora_r=4"], "write lora_r=VALUE"),
+        (["~lora_r"], "fixed keys"),
+        (["delta_type=lroa"], "Did you mean 'lora'"),
+        (["backbone=tiny-t5"], "Did you mean 'tiny_t5'"),
+        (["task=date"], "Did you mean 'dates'"),
+        (["experiment=nothing"], "There is no experiment 'nothing'"),
+        (["delta_type=adapter", "lora_r=4"], "belongs to delta_type=lora"),
+        (["lora_r=four"], "lora_r"),
+        (["lora_r=0"], "must be at least 1"),
+        (["lora_r=2.5"], "lora_r"),
+        (["lora_dropout=1"], "must be less than 1"),
+        (["delta_type=adapter", "non_linearity=rleu"], "Did you mean 'relu'"),
+        (["modified_modules=[]"], "empty list"),
+        (["trainer.learning_rat=1"], "Did you mean 'learning_rate'"),
+        (["learning_rate=1"], "Did you mean 'trainer.learning_rate'"),
+        (["trainer.learning_rate=-1"], "greater than 0"),
+        (["trainer.batch_size=0"], "at least 1"),
+        (["trainer.warmup_ratio=1"], "less than 1"),
+        (["trainer.lr_scheduler=cosin"], "Did you mean 'cosine'"),
+        (["backbone.dtype=float23"], "Did you mean 'float32'"),
+        (["backbone=local"], "backbone.source must be given"),
+        (["hub.push=true"], "needs hub.repo_id"),
+        (["tracker.mode=offlin"], "Did you mean 'offline'"),
+        (["seed=-1"], "negative"),
+        (["a b=1"], "is no override"),
+        (["task.labels=[one]", "task.kind=classification"], "at least two names"),
+    ],
+)
+def test_mistakes(overrides: list[str], says: str) -> None:
+    with pytest.raises(ConfigError, match="(?s).") as caught:
+        schema.composed(overrides)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_sweep_is_checked_before_its_first_job() -> None:
+    assert schema.check_sweep(["delta_type=lora,adapter", "seed=1,2,3"]) == 6
+    with pytest.raises(ConfigError, match="Job 2 of 2 .*Did you mean 'adapter'"):
+        schema.check_sweep(["delta_type=lora,adpter"])
