@@ -109,9 +109,7 @@ class HubServer(Hub):
     and up again, on the same ports.
     """
 
-    def __init__(
-        self, users: Mapping[str, Sequence[Any]] | None = None, *, lfs: bool = True, redirect: bool = True
-    ) -> None:
+    def __init__(self, users: Mapping[str, Sequence[Any]] | None = None, *, lfs: bool = True, redirect: bool = True) -> None:
         super().__init__(users or {}, lfs=lfs, redirect=redirect)
         self.faults = Faults()
         self.requests: list[Logged] = []
@@ -183,9 +181,7 @@ class _Listener(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), _Connection)
 
     def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(
-            self
-        )  # without the name lookup of HTTPServer, which may wait for a DNS server
+        socketserver.TCPServer.server_bind(self)  # without the name lookup of HTTPServer, which may wait for a DNS server
 
     def process_request(self, request: Any, client_address: Any) -> None:
         self._open.add(request)
@@ -229,20 +225,14 @@ class _Connection(BaseHTTPRequestHandler):
             self.rfile.read(length // 2)
             hub.requests.append(log(0))
             return
-        body = (
-            b"".join(self._chunks()) if self.headers.get("Transfer-Encoding") == "chunked" else self.rfile.read(length)
-        )
-        carried = [
-            value for name, value in self.headers.items() if name.lower() != "authorization" or self.server.storage
-        ]
+        body = b"".join(self._chunks()) if self.headers.get("Transfer-Encoding") == "chunked" else self.rfile.read(length)
+        carried = [value for name, value in self.headers.items() if name.lower() != "authorization" or self.server.storage]
         text = "\n".join([self.path, *carried, body.decode("latin-1")])
         if any(token in text for token in hub.users):
             hub.leaks.append(f"{self.command} {self.path}")
         answer = hub.answer(Request(self.command, self.path, self.headers, body), self.server.storage)
         payload = b"" if self.command == "HEAD" else answer.body
-        fault = hub.faults.take(
-            self.command, self.path, ["lose_answer", "cut", "corrupt"] if payload else ["lose_answer"]
-        )
+        fault = hub.faults.take(self.command, self.path, ["lose_answer", "cut", "corrupt"] if payload else ["lose_answer"])
         action = fault.action if fault else None
         # Logged before it is sent: whoever has the answer finds it in the log.
         hub.requests.append(log(0 if action == "lose_answer" else answer.status))

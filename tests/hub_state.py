@@ -56,9 +56,7 @@ def reply(content: Any, status: int = 200, headers: Mapping[str, str] | None = N
     """`content` as JSON, or as plain text if it is a string."""
     text = isinstance(content, str)
     kind = "text/plain" if text else "application/json"
-    return Answer(
-        status, (content if text else json.dumps(content)).encode(), {"Content-Type": kind, **(headers or {})}
-    )
+    return Answer(status, (content if text else json.dumps(content)).encode(), {"Content-Type": kind, **(headers or {})})
 
 
 class User(NamedTuple):
@@ -113,9 +111,7 @@ class Blob(NamedTuple):
         pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {len(data)}\n".encode()
         kept = pointer if lfs else data
         oid = hashlib.sha1(b"blob %d\0" % len(kept) + kept).hexdigest()
-        return cls(
-            oid, sha256, len(data), {"oid": sha256, "size": len(data), "pointerSize": len(pointer)} if lfs else None
-        )
+        return cls(oid, sha256, len(data), {"oid": sha256, "size": len(data), "pointerSize": len(pointer)} if lfs else None)
 
 
 class Commit(NamedTuple):

@@ -206,9 +206,7 @@ def test_exclude_modules_on_bert() -> None:
     """The key works for every delta type; OpenDelta ignores it for LoRA."""
     for delta_type in ("lora", "adapter"):
         backbone = FAMILIES["bert"].build()
-        delta_model = attach(
-            backbone, delta_type, modified_modules=["query"], exclude_modules=["bert.encoder.layer.0"]
-        )
+        delta_model = attach(backbone, delta_type, modified_modules=["query"], exclude_modules=["bert.encoder.layer.0"])
         assert [attachment.site for attachment in delta_model.attachments] == ["bert.encoder.layer.1.attention.self.query"]
 
 

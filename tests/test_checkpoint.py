@@ -98,9 +98,7 @@ class Disk:
 
 @pytest.mark.parametrize("call", [1, 2, 3, 4])
 @pytest.mark.parametrize("function", ["replace", "fsync"])
-def test_an_old_delta_survives_a_full_disk(
-    function: str, call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_old_delta_survives_a_full_disk(function: str, call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = attach(BERT.build())
     old.save_finetuned(tmp_path / "delta")
     before, inputs = content(tmp_path / "delta"), BERT.inputs()

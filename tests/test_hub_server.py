@@ -232,9 +232,7 @@ def test_a_commit_cannot_claim_what_was_not_uploaded(hub: HubServer, hub_client:
     assert fetch(hub, f"/api/models/{REPO}/commit/main", body, TOKEN)[0] == 400
 
 
-@pytest.mark.parametrize(
-    ("token", "status"), [(None, 401), ("hf_nobody", 401), (READ_TOKEN, 403), (STRANGER_TOKEN, 403)]
-)
+@pytest.mark.parametrize(("token", "status"), [(None, 401), ("hf_nobody", 401), (READ_TOKEN, 403), (STRANGER_TOKEN, 403)])
 def test_every_step_of_an_upload_needs_permission(hub: HubServer, pushed: Any, token: str | None, status: int) -> None:
     """Also the later ones, which the client does not reach when the first is refused."""
     bodies = {
@@ -362,9 +360,7 @@ def test_branches_and_tags(hub_client: HubClient, pushed: Any) -> None:
 
 @pytest.mark.parametrize("token", [TOKEN, None])
 @pytest.mark.parametrize("redirect", [True, False])
-def test_downloads(
-    hub: HubServer, hub_client: HubClient, folder: Path, pushed: Any, token: str | None, redirect: bool
-) -> None:
+def test_downloads(hub: HubServer, hub_client: HubClient, folder: Path, pushed: Any, token: str | None, redirect: bool) -> None:
     hub_client.login(token) if token else hub_client.logout()
     hub.redirect = redirect
     path = Path(hub_client.api.hf_hub_download(REPO, "delta.safetensors"))
@@ -373,9 +369,7 @@ def test_downloads(
     assert path.parent.name == pushed.oid
     assert path.resolve().name in hub.repos["model", REPO].lfs  # its name in the cache is the digest
     assert any(line.path.startswith("/storage/") and line.method == "GET" for line in hub.requests) == redirect
-    snapshot = Path(
-        hub_client.api.snapshot_download(REPO, revision=pushed.oid[:10], allow_patterns=["*.json", "sub/*"])
-    )
+    snapshot = Path(hub_client.api.snapshot_download(REPO, revision=pushed.oid[:10], allow_patterns=["*.json", "sub/*"]))
     assert {str(file.relative_to(snapshot)) for file in snapshot.rglob("*.*")} == {
         "config.json",
         "delta.safetensors",

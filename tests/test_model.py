@@ -14,7 +14,7 @@ from models import FAMILIES, attach, logits, md5, perturb, same, snapshot, train
 from safetensors.torch import load_file
 from torch import nn
 
-import deltaexp
+import deltaexp.model
 from deltaexp import AutoDeltaConfig, AutoDeltaModel, DeltaConfig, DeltaModel, HashCheck, Layer, Site, registry
 from deltaexp.errors import AddressingError, CheckpointError, ConfigError, DeltaExpError
 
@@ -325,7 +325,8 @@ def scale() -> Iterator[str]:
     known = registry.known()
     registry.register(ScaleConfig)
     yield "scale"
-    del registry._types["scale"]
+    registry._types.pop("scale", None)
+    vars(deltaexp.model).pop("ScaleModel", None)
     assert registry.known() == known
 
 
@@ -352,8 +353,8 @@ def test_a_type_of_another_package(name: str, scale: str, tmp_path: Path) -> Non
     assert deltaexp.ScaleModel is type(loaded)
 
 
-def test_an_unknown_type_is_named_on_loading(scale: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_type_is_named_on_loading(scale: str, tmp_path: Path) -> None:
     attach(BERT.build(), scale).save_finetuned(tmp_path)
-    monkeypatch.delitem(registry._types, scale)
+    del registry._types[scale]
     with pytest.raises(CheckpointError, match=r"no delta_type 'scale'\..*Known: adapter, lora"):
         AutoDeltaModel.from_finetuned(tmp_path, BERT.build())

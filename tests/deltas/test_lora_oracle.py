@@ -67,9 +67,7 @@ def test_dropout() -> None:
     family, inputs = FAMILIES["llama"], FAMILIES["llama"].inputs()
     ours, theirs = family.build(), family.build()
     delta_model = attach(ours, "lora", modified_modules=["q_proj"], lora_r=RANK, lora_alpha=ALPHA, lora_dropout=0.4)
-    peft.inject_adapter_in_model(
-        peft.LoraConfig(target_modules=["q_proj"], r=RANK, lora_alpha=ALPHA, lora_dropout=0.4), theirs
-    )
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"], r=RANK, lora_alpha=ALPHA, lora_dropout=0.4), theirs)
     with torch.no_grad():
         for attachment in delta_model.attachments:
             module = theirs.get_submodule(attachment.site)

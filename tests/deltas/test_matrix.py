@@ -256,11 +256,7 @@ def test_generate(name: str, delta_type: str) -> None:
     with_delta = generate(True)
     assert torch.equal(with_delta, generate(False))
     # One more forward pass over what was generated agrees with each choice.
-    whole = (
-        {**inputs, "decoder_input_ids": with_delta[:, :-1]}
-        if name == "t5"
-        else {"input_ids": with_delta[:, :-1]}
-    )
+    whole = {**inputs, "decoder_input_ids": with_delta[:, :-1]} if name == "t5" else {"input_ids": with_delta[:, :-1]}
     start = 0 if name == "t5" else inputs["input_ids"].shape[1] - 1
     chosen = logits(backbone, whole)[:, start:].argmax(-1)
     for row, expected in zip(chosen, with_delta[:, start + 1 :], strict=True):
