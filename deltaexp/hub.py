@@ -43,7 +43,7 @@ def fetch(
     from huggingface_hub import snapshot_download
 
     with _explained(f"The delta {str(path_or_repo)!r} (which is no folder here) could not be fetched from the Hub"):
-        return Path(
+        found = Path(
             snapshot_download(
                 str(path_or_repo),
                 revision=revision,
@@ -54,6 +54,13 @@ def fetch(
                 allow_patterns=FILES,
             )
         )
+    if not (found / checkpoint.CONFIG).exists():
+        at = f" at revision {revision!r}" if revision else ""
+        raise CheckpointError(
+            f"The repository {str(path_or_repo)!r}{at} holds no {checkpoint.CONFIG}, so it is no saved delta. "
+            "Deltas may lie on another branch: name it with revision."
+        )
+    return found
 
 
 def push(
@@ -125,7 +132,6 @@ def push(
 @contextmanager
 def _explained(what: str, advice: str = "") -> Iterator[None]:
     """Turn the client's errors into one `HubError` that says what could not be done, why, and what to do."""
-    import httpx
     from huggingface_hub import errors
 
     reasons: list[tuple[Any, str]] = [
@@ -139,7 +145,7 @@ def _explained(what: str, advice: str = "") -> Iterator[None]:
         (errors.LocalEntryNotFoundError, "it is not in the cache, and the Hub cannot be reached"),
         (errors.OfflineModeIsEnabled, "offline mode is on (HF_HUB_OFFLINE)"),
         (errors.HfHubHTTPError, ""),
-        (httpx.HTTPError, "the Hub cannot be reached"),
+        (errors.HTTPError, "the Hub cannot be reached"),  # of httpx or httpx2, whichever this client uses
         (OSError, "the Hub cannot be reached"),
         (ValueError, "the Hub's client refuses it"),
     ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.utils import logging
 
 from deltaexp.errors import ConfigError, DeltaExpError, listing
 from deltaexp.lab.config import BackboneConfig, TaskConfig
@@ -86,6 +88,17 @@ def load(config: BackboneConfig, task: TaskConfig) -> Backbone:
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return Backbone(model, tokenizer, config.source, new_patterns(model, info["missing_keys"]))
+
+
+@contextlib.contextmanager
+def _without_report() -> Iterator[None]:
+    """Silence transformers' report of missing parameters: a run tells itself which are new, and trains them."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def fresh(backbone: Backbone, config: BackboneConfig, task: TaskConfig) -> nn.Module:

@@ -83,7 +83,6 @@ def run(config: RunConfig, delta_config: DeltaConfig, folder: str | Path, consol
     clock, seeds, start = Clock(console), config.resolved_seeds(), time.perf_counter()
     config_dict = {**dataclasses.asdict(config), **delta_config.to_dict()}
     tracker = tracking.start(config.tracker, config_dict, folder)
-    transformers.utils.logging.disable_progress_bar()  # the weights of small models load in a blink
     failed = True
     try:
         # 1. Seeds before anything is initialised; data and dropout get theirs in the Trainer.
@@ -108,7 +107,7 @@ def run(config: RunConfig, delta_config: DeltaConfig, folder: str | Path, consol
 
         # 4. Data, tokenised once and cached by content.
         with clock.phase("data", f"task {config.task.name} from {config.task.data}"):
-            data = task_data.load(config.task)
+            data = task_data.load(config.task, progress=config.trainer.progress)
             kind = KINDS[config.task.kind](config.task, backbone.tokenizer)
             splits = kind.tokenised(data)
         rows = {split: len(table) for split, table in splits.items()}

@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import small  # noqa: E402 - found through the line above
+import small
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ def go(folder: Path, *overrides: str) -> Outcome:
 def reviews(bert: Path, data: Path) -> list[str]:
     return [
         "task=sst2", f"task.data={data}", "backbone=local", "backbone.name=small", f"backbone.source={bert}",
-        "trainer=smoke", "trainer.progress=false",
+        "trainer=smoke", "trainer.progress=false", "trainer.batch_size=16",
     ]  # fmt: skip
 
 

@@ -47,12 +47,17 @@ def cache_dir() -> Path:
     return Path(root)
 
 
-def load(task: TaskConfig) -> TaskData:
+def load(task: TaskConfig, progress: bool = True) -> TaskData:
     """Load the splits of a task, take the rows asked for and check them.
+
+    Args:
+        task: What to load.
+        progress: Whether `datasets` shows progress bars from here on.
 
     Raises:
         TaskError: If the data cannot be loaded, a column or split is missing, a split is empty or a label is unknown.
     """
+    (datasets.enable_progress_bars if progress else datasets.disable_progress_bars)()
     names = {"train": task.train_split, "validation": task.validation_split}
     if task.test_split is not None:
         names["test"] = task.test_split
