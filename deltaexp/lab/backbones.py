@@ -76,7 +76,10 @@ def load(config: BackboneConfig, task: TaskConfig) -> Backbone:
             options |= {"id2label": names, "label2id": {label: number for number, label in names.items()}}
             options |= {"num_labels": len(task.labels)}
         tokenizer = _tokenizer(config, place)
-        model, info = auto_class.from_pretrained(place, dtype=getattr(torch, config.dtype), output_loading_info=True, **options)
+        with _without_report():
+            model, info = auto_class.from_pretrained(
+                place, dtype=getattr(torch, config.dtype), output_loading_info=True, **options
+            )
     except (OSError, ValueError) as error:
         first_line = (str(error).splitlines() or [""])[0]
         raise DeltaExpError(
@@ -88,17 +91,6 @@ def load(config: BackboneConfig, task: TaskConfig) -> Backbone:
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return Backbone(model, tokenizer, config.source, new_patterns(model, info["missing_keys"]))
-
-
-@contextlib.contextmanager
-def _without_report() -> Iterator[None]:
-    """Silence transformers' report of missing parameters: a run tells itself which are new, and trains them."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def fresh(backbone: Backbone, config: BackboneConfig, task: TaskConfig) -> nn.Module:
@@ -165,3 +157,14 @@ def _tokenizer(config: BackboneConfig, place: str) -> Any:
         return transformers.ByT5Tokenizer()
     options = {"revision": config.revision} if config.revision and config.tokenizer is None else {}
     return transformers.AutoTokenizer.from_pretrained(config.tokenizer or place, **options)
+
+
+@contextlib.contextmanager
+def _without_report() -> Iterator[None]:
+    """Silence transformers' report of missing parameters: a run tells itself which are new, and trains them."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

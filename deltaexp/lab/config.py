@@ -105,6 +105,8 @@ class TrainerConfig:
     """Evaluate on the validation split every so many steps while training; null: only if early stopping is on."""
     early_stopping_patience: Optional[int] = None
     """Stop after so many evaluations without improvement, and take the best checkpoint; null trains to the end."""
+    group_by_length: bool = False
+    """Put rows of similar length into a batch, which saves computing on padding where lengths vary."""
     log_every: int = 25
     """Steps between two entries of the training log."""
     cpu: bool = False

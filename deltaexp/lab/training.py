@@ -95,6 +95,7 @@ def build(
         load_best_model_at_end=stopping is not None,
         metric_for_best_model=kind.metric if stopping else None,
         greater_is_better=True if stopping else None,
+        train_sampling_strategy="group_by_length" if config.group_by_length else "random",
         logging_steps=config.log_every,
         report_to="none",
         disable_tqdm=not config.progress,

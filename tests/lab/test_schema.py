@@ -60,7 +60,7 @@ def test_a_choice_of_trainer_wins_over_what_the_task_sets() -> None:
         (["trainer.warmup_ratio=1"], "less than 1"),
         (["trainer.lr_scheduler=cosin"], "Did you mean 'cosine'"),
         (["backbone.dtype=float23"], "Did you mean 'float32'"),
-        (["backbone=local"], "backbone.source must be given"),
+        (["backbone=local"], "backbone.source is empty"),
         (["hub.push=true"], "needs hub.repo_id"),
         (["tracker.mode=offlin"], "Did you mean 'offline'"),
         (["seed=-1"], "negative"),

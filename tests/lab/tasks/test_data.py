@@ -1,0 +1,105 @@
+"""Loading data: from files of several kinds, with messages for what does not fit."""
+
+import json
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, DatasetDict
+
+from deltaexp.errors import TaskError
+from deltaexp.lab.config import TaskConfig
+from deltaexp.lab.tasks import data
+
+ROWS = {"text": ["a", "b", "c", "d"], "label": [0, 1, 0, 1]}
+
+
+def task(place: object, **changes: object) -> TaskConfig:
+    values = {"name": "t", "kind": "classification", "inputs": ["text"], "target": "label", "labels": ["no", "yes"]}
+    return TaskConfig(**{**values, "data": str(place), "test_split": None, **changes})  # type: ignore[arg-type]
+
+
+def splits(rows: dict = ROWS) -> DatasetDict:
+    return DatasetDict({name: Dataset.from_dict(rows) for name in ("train", "validation")})
+
+
+def write(folder: Path, kind: str) -> Path:
+    folder.mkdir()
+    if kind == "saved":
+        splits().save_to_disk(str(folder))
+    for name, rows in splits().items():
+        if kind == "parquet":
+            rows.to_parquet(str(folder / f"{name}.parquet"))
+        if kind == "csv":
+            rows.to_csv(str(folder / f"{name}.csv"))
+        if kind == "json":
+            rows.to_json(str(folder / f"{name}.jsonl"))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "json", "saved"])
+def test_local_folders(kind: str, tmp_path: Path) -> None:
+    loaded = data.load(task(write(tmp_path / "d", kind)), progress=False)
+    assert loaded.evaluated == "validation"
+    assert list(loaded.splits["train"]["text"]) == ROWS["text"]
+    assert list(loaded.splits["train"]["target"]) == ROWS["label"]
+
+
+def test_the_fingerprint_is_that_of_the_content(tmp_path: Path) -> None:
+    prints = [
+        data.load(task(write(tmp_path / name, kind)), progress=False).fingerprint
+        for name, kind in (("a", "parquet"), ("b", "csv"))
+    ]
+    assert prints[0] == prints[1]
+    fewer = data.load(task(tmp_path / "a", train_rows=2), progress=False)
+    assert len(fewer.splits["train"]) == 2
+    assert fewer.fingerprint != prints[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"inputs": ["txt"]}, "no column 'txt'. Did you mean 'text'"),
+        ({"target": "lable"}, "Did you mean 'label'"),
+        ({"labels": ["a"]}, "labels 1, which are no numbers"),
+        ({"validation_split": "dev"}, "Set task.validation_split"),
+        ({"test_split": "test"}, "or to null"),
+    ],
+)
+def test_what_does_not_fit(changes: dict, says: str, tmp_path: Path) -> None:
+    with pytest.raises(TaskError) as caught:
+        data.load(task(write(tmp_path / "d", "parquet"), **changes), progress=False)
+    assert says in str(caught.value)
+
+
+def test_an_empty_split(tmp_path: Path) -> None:
+    table = splits()
+    table["validation"] = table["validation"].select([])
+    table.save_to_disk(str(tmp_path / "d"))
+    with pytest.raises(TaskError, match="'validation' of task 't' is empty"):
+        data.load(task(tmp_path / "d"), progress=False)
+
+
+def test_what_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match="no folder or file"):
+        data.load(task(tmp_path / "nowhere"), progress=False)
+    with pytest.raises(TaskError, match="Did you mean 'dates'"):
+        data.load(task("generated:date"), progress=False)
+    (tmp_path / "x.xyz").write_text("1")
+    with pytest.raises(TaskError, match="not of a known kind"):
+        data.load(task(tmp_path / "x.xyz"), progress=False)
+    (tmp_path / "bad.parquet").write_text("no parquet")
+    with pytest.raises(TaskError, match="could not be loaded"):
+        data.load(task(tmp_path / "bad.parquet"), progress=False)
+
+
+def test_an_interrupted_tokenisation_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DELTAEXP_CACHE", str(tmp_path))
+
+    def fail() -> DatasetDict:
+        raise RuntimeError("the power went")
+
+    with pytest.raises(RuntimeError):
+        data.cached({"a": 1}, fail)
+    assert not list((tmp_path / "tokenised").iterdir())
+    made = data.cached({"a": 1}, splits)
+    assert json.dumps(made["train"].to_dict()) == json.dumps(ROWS)
