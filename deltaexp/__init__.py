@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AutoDeltaConfig": "model",
-    "AutoDeltaModel": "model",
+    "AutoDeltaConfig": "auto",
+    "AutoDeltaModel": "auto",
     "DeltaModel": "model",
     "DeltaConfig": "registry",
     "register": "registry",
@@ -24,10 +24,10 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
+    from deltaexp.auto import AutoDeltaConfig as AutoDeltaConfig
+    from deltaexp.auto import AutoDeltaModel as AutoDeltaModel
     from deltaexp.errors import DeltaExpError as DeltaExpError
     from deltaexp.lazy import Layer as Layer
-    from deltaexp.model import AutoDeltaConfig as AutoDeltaConfig
-    from deltaexp.model import AutoDeltaModel as AutoDeltaModel
     from deltaexp.model import DeltaModel as DeltaModel
     from deltaexp.registry import DeltaConfig as DeltaConfig
     from deltaexp.registry import register as register

@@ -1,4 +1,4 @@
-"""Delta models: a delta attached to a backbone, and the AutoDelta classes that make one from a config or a checkpoint."""
+"""Delta models: a delta attached to a backbone, trained, saved, loaded and taken out again."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ from deltaexp.registry import DeltaConfig, SavedWith
 from deltaexp.structure import backbone_modules, backbone_parameters, backbone_tensors, common_names
 from deltaexp.surgery import Attachment, prepare
 from deltaexp.verification import HashCheck
+
+OWNED = "_deltaexp_owned"
+"""Attribute of a backbone: the names of its own parameters that an attached delta has taken charge of."""
 
 
 class DeltaModel:
@@ -111,6 +114,9 @@ class DeltaModel:
         parameters = dict(self.backbone_model.named_parameters())
         self._with = {name: parameters[name].detach().clone() for name in self._without}
         _assign(parameters, self._without)
+        self.backbone_model.__dict__.setdefault(OWNED, set()).difference_update(self._without)
+        if not self.backbone_model.__dict__[OWNED]:
+            del self.backbone_model.__dict__[OWNED]
         self.attached = False
 
     @contextlib.contextmanager
@@ -142,25 +148,38 @@ class DeltaModel:
         parameters = backbone_parameters(self.backbone_model)
         try:
             owned = self._unfrozen_names(parameters)
+            if self.attached:
+                self._own()
+            else:  # `attach` takes charge of what is new
+                self._without = {name: value for name, value in self._without.items() if name in owned}
+                self._with = {name: value for name, value in self._with.items() if name in owned}
         except AddressingError:
             self.config.unfrozen_modules = before
             raise
-        if self.attached:
-            self._own()
         for name, parameter in parameters.items():
             parameter.requires_grad_(name in owned)
         for attachment in self.attachments:
             attachment.layer.requires_grad_("deltas" in self.config.unfrozen_modules)
 
     def _own(self) -> None:
-        """Take charge of the parameters that ``unfrozen_modules`` names, remembering what they were."""
+        """Take charge of the parameters that ``unfrozen_modules`` names, and let go of those it no longer does."""
         parameters = backbone_parameters(self.backbone_model)
         owned = self._unfrozen_names(parameters)
-        self._without = {
-            name: self._without.get(name, parameters[name]).detach().clone() for name in parameters if name in owned
-        }
+        # Kept with the backbone, so that a copy of it knows as well; two owners could not both restore what was.
+        everyones: set[str] = self.backbone_model.__dict__.setdefault(OWNED, set())
+        mine = set(self._without) if self.attached else set()
+        taken = sorted(owned & (everyones - mine))
+        if taken:
+            raise AddressingError(
+                f"{listing(taken, 3)} in unfrozen_modules belongs to another delta that is attached to this backbone. "
+                "Detach that one first, or leave the module to one of the two."
+            )
+        _assign(parameters, {name: value for name, value in self._without.items() if name not in owned})
+        self._without = {n: self._without.get(n, parameters[n]).detach().clone() for n in parameters if n in owned}
         _assign(parameters, {name: value for name, value in self._with.items() if name in owned})
         self._with = {}  # from here on the parameters themselves are what is trained
+        everyones -= mine
+        everyones |= owned
 
     def _unfrozen_names(self, parameters: Mapping[str, nn.Parameter]) -> set[str]:
         """Return the names of the backbone's parameters that ``unfrozen_modules`` means."""
@@ -352,37 +371,3 @@ def __getattr__(name: str) -> type[DeltaModel]:
         if config_class.__name__ == name.removesuffix("Model") + "Config":
             return direct_class(config_class)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-class AutoDeltaConfig:
-    """Makes the config of any registered delta type."""
-
-    @staticmethod
-    def from_dict(config_dict: Mapping[str, Any], **changes: Any) -> DeltaConfig:
-        """Make a config from a flat dict, strictly; ``changes`` win over its values.
-
-        Raises:
-            ConfigError: If the delta type or a key is unknown, or a value has the wrong type or range.
-        """
-        return DeltaConfig.from_dict({**config_dict, **changes})
-
-    @staticmethod
-    def from_finetuned(path_or_repo: str | Path, **hub_options: Any) -> DeltaConfig:
-        """Read the config of a saved delta from a folder or a repository (see `DeltaModel.from_finetuned`)."""
-        return checkpoint.read_config(hub.fetch(path_or_repo, **hub_options))
-
-
-class AutoDeltaModel:
-    """Makes a delta model of any registered type."""
-
-    @staticmethod
-    def from_config(config: DeltaConfig, backbone_model: nn.Module) -> DeltaModel:
-        """Attach a new delta to a backbone (see `DeltaModel`)."""
-        return direct_class(type(config))(backbone_model, config)
-
-    @staticmethod
-    def from_finetuned(
-        path_or_repo: str | Path, backbone_model: nn.Module, check_hash: bool = True, **hub_options: Any
-    ) -> DeltaModel:
-        """Load a saved delta onto its backbone (see `DeltaModel.from_finetuned`)."""
-        return DeltaModel.from_finetuned(path_or_repo, backbone_model, check_hash, **hub_options)

@@ -15,6 +15,7 @@ ORDER = [
     {"checkpoint"},
     {"verification", "card", "hub"},
     {"model"},
+    {"auto"},
     {"visualize"},
     {"lab"},
     {"__main__"},

@@ -358,3 +358,37 @@ def test_an_unknown_type_is_named_on_loading(scale: str, tmp_path: Path) -> None
     del registry._types[scale]
     with pytest.raises(CheckpointError, match=r"no delta_type 'scale'\..*Known: adapter, lora"):
         AutoDeltaModel.from_finetuned(tmp_path, BERT.build())
+
+
+def test_a_head_belongs_to_one_delta_at_a_time() -> None:
+    backbone = FAMILIES["bert"].build()
+    plain = backbone.classifier.weight.detach().clone()
+    first = attach(backbone, "lora", unfrozen_modules=["deltas", "classifier"])
+    with pytest.raises(AddressingError, match="belongs to another delta"):
+        attach(backbone, "adapter", unfrozen_modules=["deltas", "classifier"])
+    second = attach(backbone, "adapter")
+    with pytest.raises(AddressingError, match="belongs to another delta"):
+        second.freeze_module(exclude=["deltas", "classifier"])
+    assert second.config.unfrozen_modules == ["deltas"]
+    first.detach()
+    second.freeze_module(exclude=["deltas", "classifier"])
+    with torch.no_grad():
+        backbone.classifier.weight.add_(1)
+    second.detach()
+    assert torch.equal(backbone.classifier.weight, plain)
+
+
+def test_a_head_that_is_let_go_is_what_it_was() -> None:
+    backbone = FAMILIES["bert"].build()
+    plain = backbone.classifier.weight.detach().clone()
+    delta = attach(backbone, "lora", unfrozen_modules=["deltas", "classifier"])
+    with torch.no_grad():
+        backbone.classifier.weight.add_(1)
+    delta.freeze_module(exclude=["deltas"])
+    assert torch.equal(backbone.classifier.weight, plain)
+    delta.freeze_module(exclude=["deltas", "classifier"])
+    delta.detach()
+    delta.freeze_module(exclude=["deltas"])
+    assert not any(name.startswith("classifier") for name in delta.delta_tensors())
+    delta.attach()
+    assert not any(name.startswith("classifier") for name in delta.delta_tensors())

@@ -20,13 +20,13 @@ from rich.console import Console
 from rich.table import Table
 
 from deltaexp import __version__, checkpoint, hub
+from deltaexp.auto import AutoDeltaModel
 from deltaexp.card import plain_card
 from deltaexp.errors import CheckpointError, DeltaExpError, listing
 from deltaexp.lab import backbones, tracking, training
 from deltaexp.lab.config import RunConfig
 from deltaexp.lab.tasks import data as task_data
 from deltaexp.lab.tasks.kinds import KINDS
-from deltaexp.model import AutoDeltaModel
 from deltaexp.registry import DeltaConfig
 from deltaexp.verification import HashCheck
 
