@@ -73,7 +73,10 @@ def _run(words: list[str]) -> int:
         from hydra.core.hydra_config import HydraConfig
 
         run_config, delta_config = schema.split(cfg)
-        folder = HydraConfig.get().runtime.output_dir
+        hydra_config = HydraConfig.get()
+        if options.multirun:
+            print(f"\n=== job {hydra_config.job.num}: {hydra_config.job.override_dirname or 'defaults'} ===", flush=True)
+        folder = hydra_config.runtime.output_dir
         from deltaexp.lab.run import run  # torch and transformers are imported here, not earlier
 
         return run(run_config, delta_config, folder).score

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from deltaexp.registry import DeltaConfig
+
+REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+"""What the name of a repository on the Hub looks like."""
 
 
 def plain_card(
@@ -32,7 +36,7 @@ def plain_card(
         library_name="deltaexp",
         tags=["deltaexp", "delta-tuning", config.delta_type, *tags],
         # The Hub refuses a base_model that is no repository; a local backbone is named in the text only.
-        base_model=name if name and "/" in name else None,
+        base_model=name if name and REPO_ID.fullmatch(name) else None,
     )
     keys = {k: v for k, v in config.to_dict().items() if v is not None}
     rows = "\n".join(f"| `{key}` | `{value}` |" for key, value in sorted(keys.items()))

@@ -38,7 +38,10 @@ CONFIG, WEIGHTS, MANIFEST, CARD, RESULTS = (
 )
 FORMAT = 1
 """Version of the layout of ``manifest.json``."""
-DAMAGED = "The file was changed or damaged after it was saved: fetch or copy the delta again, or save it anew."
+DAMAGED = (
+    "The file was changed or damaged after it was saved: copy the delta again, save it anew, or, if it came from the Hub, "
+    "load it with force_download=True."
+)
 
 
 @dataclass

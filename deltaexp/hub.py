@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from deltaexp import checkpoint
+from deltaexp.card import REPO_ID
 from deltaexp.errors import CheckpointError, ConfigError, HubError, listing
 
-REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 FILES = [checkpoint.CONFIG, checkpoint.WEIGHTS, checkpoint.MANIFEST]
 """What loading a delta needs."""
 

@@ -214,12 +214,15 @@ class DeltaModel:
         result.update({name: parameters[name] for name in self._without})
         return result
 
-    def save_finetuned(self, save_directory: str | Path, *, card: str | None = None) -> checkpoint.Manifest:
+    def save_finetuned(
+        self, save_directory: str | Path, *, card: str | None = None, backbone_name: str | None = None
+    ) -> checkpoint.Manifest:
         """Save the delta: tensors, config, digests and a model card (see `deltaexp.checkpoint`).
 
         Args:
             save_directory: Where to; made if it does not exist.
             card: Text of the model card; a plain one is written where none is given.
+            backbone_name: What to record as the backbone's name, if not the name it was loaded under.
 
         Raises:
             CheckpointError: If the folder cannot be written; what it held before is kept.
@@ -231,13 +234,13 @@ class DeltaModel:
                 "what they learnt is not saved. Call freeze_module(), or name them in unfrozen_modules, before training.",
                 stacklevel=2,
             )
-        self.config.saved_with = self._record()
+        self.config.saved_with = self._record(backbone_name)
         text = plain_card(self.config) if card is None else card
         return checkpoint.write(save_directory, self.config, self.delta_tensors(), digests(self.base_tensors()), text)
 
-    def _record(self) -> SavedWith:
+    def _record(self, name: str | None) -> SavedWith:
         config = getattr(self.backbone_model, "config", None)
-        name = getattr(config, "_name_or_path", None) or None
+        name = name or getattr(config, "_name_or_path", None) or None
         if name and Path(name).is_dir():
             name = Path(name).name  # where a folder lies is nobody else's business
         return SavedWith(

@@ -1,4 +1,4 @@
-"""One run, from a checked config to a verified delta: read `Run.steps` for what happens, in this order."""
+"""One run, from a checked config to a verified delta: `run` reads top to bottom as what happens, in this order."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import os
 import platform
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -132,7 +131,9 @@ def run(config: RunConfig, delta_config: DeltaConfig, folder: str | Path, consol
         # 8. Save; load into a fresh backbone, as others will; compare.
         stage = folder / ".delta.unverified"
         with clock.phase("save", "saving"):
-            manifest = delta_model.save_finetuned(stage)
+            # An embedded backbone lies in a folder whose own name says nothing to others.
+            name = config.backbone.source if ":" in config.backbone.source else None
+            manifest = delta_model.save_finetuned(stage, backbone_name=name)
         with clock.phase("verify", "loading the saved delta into a fresh backbone and comparing"):
             probe = kind.collator(backbone.model)([final[index] for index in range(min(PROBE_ROWS, len(final)))])
             check = _verify(config, backbone, stage, probe, next(backbone.model.parameters()).device)
@@ -202,8 +203,13 @@ def _verify(config: RunConfig, backbone: backbones.Backbone, folder: Path, probe
 
 
 def _peak_memory() -> dict[str, int]:
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts bytes on macOS, kibibytes elsewhere
-    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    """Return the peak of resident memory of the process, and of CUDA memory where there is any, in bytes."""
+    peak = {}
+    if sys.platform != "win32":
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts bytes on macOS, kibibytes elsewhere
+        peak["process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     if torch.cuda.is_available():
         peak["cuda"] = torch.cuda.max_memory_allocated()
     return peak
