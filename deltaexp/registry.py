@@ -119,7 +119,9 @@ class DeltaConfig:
         config.saved_with = SavedWith(**checked(SavedWith, record, "a saved config"))
         return config
 
-    def require(self, key: str, *, at_least: float | None = None, below: float | None = None, above: float | None = None):
+    def require(
+        self, key: str, *, at_least: float | None = None, below: float | None = None, above: float | None = None
+    ) -> None:
         """Raise a `ConfigError` unless the number under ``key`` lies in the range given."""
         value = getattr(self, key)
         if at_least is not None and value < at_least:

@@ -25,6 +25,8 @@ from deltaexp.registry import DeltaConfig
 
 GROUPS = ("delta_type", "backbone", "task", "trainer", "hub", "tracker", "experiment")
 """The config groups, in the order of ``conf/config.yaml``'s defaults list."""
+DEFAULT_DELTA_TYPE = "lora"
+"""The choice in ``conf/config.yaml``'s defaults list."""
 
 
 def config_dir() -> Path:
@@ -34,10 +36,10 @@ def config_dir() -> Path:
     return inside if inside.is_dir() else package.parent / "conf"
 
 
-def choices(group: str) -> dict[str, str]:
-    """Return the choices of a config group, each with the line that describes it."""
+def choices(group: str, search_path: Sequence[str] = ()) -> dict[str, str]:
+    """Return the choices of a config group, those in folders of the user's included, each with the line describing it."""
     result = {}
-    for path in sorted((config_dir() / group).glob("*.yaml")):
+    for path in sorted(path for root in (str(config_dir()), *search_path) for path in (Path(root) / group).glob("*.yaml")):
         comments = [line.lstrip("# ").rstrip() for line in path.read_text("utf-8").splitlines() if line.startswith("#")]
         result[path.stem] = next((line for line in comments if line and not line.startswith("@package")), "")
     if group == "delta_type":
@@ -84,7 +86,7 @@ def composed(overrides: Sequence[str], search_path: Sequence[str] = ()) -> tuple
     """
     register_schemas()
     parsed = parse(overrides)
-    check_keys(parsed)
+    check_keys(parsed, search_path)
     extra = [f"hydra.searchpath=[{','.join(f'file://{Path(p).resolve()}' for p in search_path)}]"] if search_path else []
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
@@ -134,39 +136,45 @@ def parse(overrides: Sequence[str]) -> list[Override]:
     return parsed
 
 
-def check_keys(overrides: Sequence[Override]) -> None:
+def check_keys(overrides: Sequence[Override], search_path: Sequence[str] = ()) -> None:
     """Check every key and every choice of a group that the user typed, also those typed with ``+`` or ``~``.
 
     Raises:
         ConfigError: If one does not exist; the message names the nearest.
     """
-    delta_type = "lora"
+    chosen: dict[str, str] = {}
     for override in overrides:
         key = override.key_or_group
         if key in GROUPS and override.value() is not None and not override.is_sweep_override():
-            chosen, known = str(override.value()), choices(key)
-            if chosen not in known:
-                raise ConfigError(unknown(key, chosen, known or ["null"]))
-            delta_type = chosen if key == "delta_type" else delta_type
+            chosen[key], known = str(override.value()), choices(key, search_path)
+            if chosen[key] not in known:
+                raise ConfigError(unknown(key, chosen[key], known or ["null"]))
+    delta_type: str | None = chosen.get("delta_type", DEFAULT_DELTA_TYPE)
+    if "delta_type" not in chosen and "experiment" in chosen:
+        delta_type = None  # the experiment may choose it, which composition will tell
     for override in overrides:
         key = override.key_or_group
         if key in GROUPS or key.split(".")[0] == "hydra":
             continue
-        _check_path(key, delta_type)
+        _check_path(key, [delta_type] if delta_type in registry.known() else registry.known())
         if override.is_add() or override.is_force_add() or override.is_delete():
             raise ConfigError(f"{override.input_line!r}: the config has fixed keys; write {key}=VALUE to set one.")
 
 
-def _check_path(key: str, delta_type: str) -> None:
-    """Check that a dotted key exists for a run with this delta type."""
+def _check_path(key: str, delta_types: Sequence[str]) -> None:
+    """Check that a dotted key exists for a run with one of these delta types."""
     section, _, rest = key.partition(".")
-    fields = _fields(RunConfig) | _fields(registry.get(delta_type))
+    fields = _fields(RunConfig)
+    for name in delta_types:
+        fields |= _fields(registry.get(name))
     if section not in fields:
         owners = [name for name in registry.known() if section in _fields(registry.get(name))]
         if owners:
-            raise ConfigError(f"delta_type={delta_type} has no key {section!r}; it belongs to delta_type={listing(owners)}.")
+            raise ConfigError(
+                f"delta_type={delta_types[0]} has no key {section!r}; it belongs to delta_type={listing(owners)}."
+            )
         hint = did_you_mean(section, fields) or _elsewhere(section)
-        raise ConfigError(f"There is no key {section!r}.{hint} See all keys with: deltaexp --help delta_type={delta_type}")
+        raise ConfigError(f"There is no key {section!r}.{hint} See all keys with: deltaexp --help delta_type={delta_types[0]}")
     if rest and rest not in (_section(section) if section in lab_config.PARTS else {}):
         raise ConfigError(unknown(f"key of {section}", rest, _section(section) if section in lab_config.PARTS else []))
 

@@ -1,5 +1,7 @@
 """Composition: every choice and experiment composes, every mistake is one sentence that helps."""
 
+from pathlib import Path
+
 import pytest
 
 from deltaexp import registry
@@ -79,3 +81,20 @@ def test_a_sweep_is_checked_before_its_first_job() -> None:
     assert schema.check_sweep(["delta_type=lora,adapter", "seed=1,2,3"]) == 6
     with pytest.raises(ConfigError, match="Job 2 of 2 .*Did you mean 'adapter'"):
         schema.check_sweep(["delta_type=lora,adpter"])
+
+
+def test_an_experiment_may_choose_the_delta_type_and_lie_in_a_folder_of_the_user(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\n# Mine.\ndefaults:\n  - override /delta_type: adapter\n  - _self_\n"
+    )
+    _, delta = schema.composed(["experiment=mine", "bottleneck_dim=3"], [str(tmp_path)])
+    assert (delta.delta_type, delta.bottleneck_dim) == ("adapter", 3)
+    with pytest.raises(ConfigError, match="lora_r"):
+        schema.composed(["experiment=mine", "lora_r=3"], [str(tmp_path)])
+    with pytest.raises(ConfigError, match="There is no experiment 'mine'"):
+        schema.composed(["experiment=mine"])
+
+
+def test_the_default_delta_type_is_the_one_of_the_root_config() -> None:
+    assert schema.composed([])[1].delta_type == schema.DEFAULT_DELTA_TYPE
