@@ -71,12 +71,13 @@ def test_what_does_not_fit(changes: dict, says: str, tmp_path: Path) -> None:
     assert says in str(caught.value)
 
 
-def test_an_empty_split(tmp_path: Path) -> None:
+def test_an_empty_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    # `datasets` cannot read an empty split from a file at all; a repository of the Hub may still have one.
     table = splits()
     table["validation"] = table["validation"].select([])
-    table.save_to_disk(str(tmp_path / "d"))
+    monkeypatch.setattr(data, "_loaded", lambda task: table)
     with pytest.raises(TaskError, match="'validation' of task 't' is empty"):
-        data.load(task(tmp_path / "d"), progress=False)
+        data.load(task("somebody/empty"), progress=False)
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:
