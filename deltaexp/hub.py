@@ -10,7 +10,7 @@ from typing import Any
 
 from deltaexp import checkpoint
 from deltaexp.card import REPO_ID
-from deltaexp.errors import CheckpointError, ConfigError, HubError, listing
+from deltaexp.errors import CheckpointError, ConfigError, HubError
 
 FILES = [checkpoint.CONFIG, checkpoint.WEIGHTS, checkpoint.MANIFEST]
 """What loading a delta needs."""
@@ -160,4 +160,4 @@ def _explained(what: str, advice: str = "") -> Iterator[None]:
             }.get(status or 0, "the Hub answered with an error")
         first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         said = f" ({first_line.strip()})"
-        raise HubError(listing([f"{what}: {reason}{said}. {advice}".strip()])) from error
+        raise HubError(f"{what}: {reason}{said}. {advice}".strip()) from error

@@ -93,11 +93,6 @@ def load(config: BackboneConfig, task: TaskConfig) -> Backbone:
     return Backbone(model, tokenizer, config.source, new_patterns(model, info["missing_keys"]))
 
 
-def fresh(backbone: Backbone, config: BackboneConfig, task: TaskConfig) -> nn.Module:
-    """Load the same backbone once more, as whoever loads the delta later will."""
-    return load(config, task).model
-
-
 def loading_code(model: nn.Module, source: str, public: bool = False) -> str:
     """Return the Python lines that load a backbone of this class from a source.
 
@@ -117,6 +112,8 @@ def loading_code(model: nn.Module, source: str, public: bool = False) -> str:
     dtype = str(next(model.parameters()).dtype)
     labels = getattr(model.config, "num_labels", 2)
     extra = f", num_labels={labels}" if name.endswith("ForSequenceClassification") and labels != 2 else ""
+    commit = getattr(model.config, "_commit_hash", None)  # known for what came from the Hub: its main branch may move on
+    extra += f", revision={commit!r}" if commit else ""
     call = f"backbone_model = {name}.from_pretrained({place}, dtype={dtype}{extra})"
     return "\n".join(["import torch", *imports, "", call])
 

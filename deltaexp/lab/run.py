@@ -184,7 +184,7 @@ def _verify(config: RunConfig, backbone: backbones.Backbone, folder: Path, probe
         DeltaExpError: If they differ by more than the tolerance.
     """
     state = torch.get_rng_state()
-    fresh = backbones.fresh(backbone, config.backbone, config.task).to(device)
+    fresh = backbones.load(config.backbone, config.task).model.to(device)
     loaded = AutoDeltaModel.from_finetuned(folder, backbone_model=fresh)
     torch.set_rng_state(state)
     inputs = {name: value.to(device) for name, value in probe.items()}

@@ -95,3 +95,11 @@ def test_the_public_loading_code_hides_where_a_folder_lies(small_bert: Path) -> 
     scope: dict = {}
     exec(backbones.loading_code(backbone.model, backbone.source), scope)
     assert type(scope["backbone_model"]) is type(backbone.model)
+
+
+def test_the_loading_code_pins_the_commit_of_a_repository(small_bert: Path) -> None:
+    run, _ = schema.composed(["backbone=local", f"backbone.source={small_bert}", "backbone.name=small", "task=sst2"])
+    model = backbones.load(run.backbone, run.task).model
+    assert "revision" not in backbones.loading_code(model, "org/name")
+    model.config._commit_hash = "c" * 40
+    assert f"revision='{'c' * 40}'" in backbones.loading_code(model, "org/name")
