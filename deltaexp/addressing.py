@@ -5,7 +5,8 @@ A pattern is one of
 - a suffix: ``SelfAttention.q`` means every module whose dotted name is, or ends with, exactly these components;
 - a regular expression after ``[r]``: ``[r](\\d)+\\.EncDecAttention\\.q`` means every module with a `re.search` match
   that starts at the beginning of a component and ends at the end of the name;
-- a name of the common structure (see `deltaexp.structure`): ``attn.q``, or in OpenDelta's spelling ``attn@.q@``.
+- a name of the common structure (see `deltaexp.structure`): ``attn.q``, or in OpenDelta's spelling ``attn@.q@``;
+- ``all-linear``: every linear map but the heads and the routers of experts (see `deltaexp.targets`).
 
 The rules are OpenDelta's (https://github.com/thunlp/OpenDelta), but a pattern that matches nothing is an error. Only
 names are dealt with here, so that nothing in this module needs torch.
@@ -15,11 +16,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from deltaexp.errors import AddressingError, listing, nearest
+from deltaexp.errors import AddressingError, ConfigError, listing, nearest
 
 REGEX = "[r]"
 """What a regular expression starts with."""
+ALL_LINEAR = "all-linear"
+"""The pattern that means every linear map."""
 
 CommonNames = Mapping[str, Sequence[str]]
 """For the name of a module, its names in the common structure (a fused projection has several)."""
@@ -90,13 +94,49 @@ def resolve(
     return result
 
 
+def roles(pattern: str, name: str, common: CommonNames) -> list[str]:
+    """Return the names in the common structure by which ``pattern`` means the module called ``name``."""
+    plain = pattern.replace("@", "")
+    return [role for role in common.get(name, ()) if matches(plain, role)]
+
+
+def layer_numbers(spec: Any, count: int | None = None) -> set[int]:
+    """Return the numbers of the blocks that ``layers`` means in a stack of ``count`` blocks.
+
+    Args:
+        spec: A number, a list of numbers, or ``"a-b"``, ``"first:n"``, ``"last:n"``.
+        count: How many blocks there are; None only checks the spelling.
+
+    Raises:
+        ConfigError: If it is none of these.
+    """
+    parts = list(spec) if isinstance(spec, (list, tuple)) else [spec]
+    result: set[int] = set()
+    for part in parts:
+        found = re.fullmatch(r"(first|last):(\d+)|(\d+)(?:-(\d+))?", str(part))
+        if found is None or isinstance(part, bool) or not parts:
+            raise ConfigError(
+                f"layers is {spec!r}; it must be a list of block numbers such as [20, 21], or '0-5', 'first:4' or 'last:4'."
+            )
+        end, number, start, stop = found.groups()
+        last = count if count is not None else 0
+        if end == "first":
+            result |= set(range(min(int(number), last)))
+        elif end == "last":
+            result |= set(range(max(0, last - int(number)), last))
+        else:
+            result |= set(range(int(start), int(stop or start) + 1))
+    if not parts:
+        raise ConfigError("layers is an empty list, so nothing would be modified. Leave it out to modify every block.")
+    return result if count is None else {number for number in result if number < count}
+
+
 def _find(pattern: str, names: Sequence[str], common: CommonNames, common_structure: bool | None) -> list[str]:
     if common_structure is not True and "@" not in pattern:
         found = [name for name in names if matches(pattern, name)]
         if found or common_structure is False:
             return found
-    plain = pattern.replace("@", "")
-    return [name for name in names if any(matches(plain, role) for role in common.get(name, ()))]
+    return [name for name in names if roles(pattern, name, common)]
 
 
 def _nothing(pattern: str, names: Sequence[str], common: CommonNames) -> str:

@@ -45,9 +45,30 @@ else:
 class Layer(_Pending):
     """Base of every torch module that a delta puts into a backbone; whatever lies below a `Layer` is delta.
 
-    A subclass maps the input ``x`` of the module it hangs on, shape ``(..., in_dim)``, or that module's output,
-    shape ``(..., out_dim)``, to a tensor of shape ``(..., out_dim)``; its config's `insertion` says which.
+    `insertion` says how it joins the forward pass of the module that it hangs on, and with that what its ``forward`` is given
+    and returns. ``x`` is the first input of the module, shape ``(..., in_dim)``, and ``h`` its output (the first part of it,
+    where that is a tuple), shape ``(..., out_dim)``:
+
+    - ``"parallel"``: ``forward(x)``, which is added to ``h``;
+    - ``"sequential"``: ``forward(h)``, which takes the place of ``h``;
+    - ``"input"``: ``forward(x)``, which takes the place of ``x``;
+    - ``"weighted"``: ``forward(x, h, weight, bias)``, which takes the place of ``h``; ``weight`` has shape
+      ``(out_dim, in_dim)`` whatever the module's own layout is.
+
+    Where a delta goes on some rows of a fused projection only, ``h``, ``weight`` and ``bias`` are those rows. A layer that
+    joins in a way of its own defines ``connect(module, name)``, which returns objects with a method ``remove()``.
+
+    Its parameters are trained; its buffers are fixed. Both are saved. A layer that can be folded into a linear map defines
+    ``merged(weight, bias)``, which returns the two as they are with the delta.
     """
+
+    insertion = "parallel"
+    order = 0
+    """Of two layers on one module the one with the lower number computes first; `deltaexp.surgery` counts."""
+    batch_rows: Any = None
+    """The rows of the batch that the layer is for, where rows use different deltas; None means all."""
+    connect: Any = None
+    merged: Any = None
 
     def __new__(cls, *args: object, **kwargs: object) -> Layer:
         """Make `Layer` a `torch.nn.Module` before the first instance exists, unpickled ones included."""

@@ -12,16 +12,20 @@ import importlib
 import pkgutil
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, Optional, TypeVar
 
+from deltaexp import addressing
 from deltaexp.errors import ConfigError, did_you_mean, listing, unknown
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
     from deltaexp.lazy import Layer
-    from deltaexp.surgery import Site
+    from deltaexp.targets import Site
 
 ENTRY_POINTS = "deltaexp.deltas"
 """The entry-point group under which another package names the modules that register its delta types."""
@@ -41,6 +45,8 @@ class SavedWith:
     """md5 of the trained model, delta included (see `deltaexp.checksum.model_md5`); None where none was recorded."""
     deltaexp_version: Optional[str] = None
     transformers_version: Optional[str] = None
+    origin: Optional[str] = None
+    """The library that saved it, if not deltaexp."""
 
 
 @dataclass
@@ -57,13 +63,18 @@ class DeltaConfig:
     """Patterns of what is trained and saved; "deltas" stands for the delta's own parameters."""
     common_structure: Optional[bool] = None
     """True: patterns are names of the common structure (`attn.q`); False: names of the backbone; None: both."""
+    layers: Any = None
+    """The blocks to modify, counted from 0 in every stack of them: ``[20, 21]``, ``"0-5"``, ``"first:4"``, ``"last:4"``; null
+    means all."""
 
     default_modules: ClassVar[tuple[str, ...]] = ()
-    """Names of the common structure that are modified where `modified_modules` is None."""
+    """Names of the common structure that are modified where `modified_modules` is None; none means the backbone itself."""
     attribute: ClassVar[str] = ""
     """Name under which a layer hangs on the module it modifies; it is part of the parameters' names."""
-    insertion: ClassVar[str] = ""
-    """How a layer joins the forward pass: "parallel" to its module or "sequential" after it."""
+    paired: ClassVar[bool] = False
+    """Whether the patterns come in pairs: where a layer takes its input, and where it adds its output."""
+    trains_nothing: ClassVar[bool] = False
+    """Whether it is right that a delta of this type may have no parameters at all."""
 
     def __post_init__(self) -> None:
         """Check the values; a type with keys of its own extends this.
@@ -78,14 +89,44 @@ class DeltaConfig:
                 "modified_modules is an empty list, so nothing would be modified. "
                 "Name at least one module, or leave the key out to take the delta type's default modules."
             )
+        if self.paired and len(self.modified_modules or ()) % 2:
+            raise ConfigError(
+                f"The delta type {self.delta_type!r} takes modified_modules in pairs, where its input comes from and where its "
+                f"output goes, and {self.modified_modules!r} has {len(self.modified_modules or ())}."
+            )
+        if self.layers is not None:
+            addressing.layer_numbers(self.layers)
 
-    def build(self, site: Site) -> Layer:
-        """Make the torch module for one place in the backbone.
+    def defaults(self) -> tuple[str, ...]:
+        """Return the default modules, where they depend on other keys."""
+        return self.default_modules
+
+    def expand(self, name: str, module: nn.Module) -> list[str]:
+        """Return the names of the modules that are modified where the module called ``name`` is chosen: itself."""
+        return [name]
+
+    def build(self, site: Site) -> Layer | None:
+        """Make the torch module for one place in the backbone; None where there is nothing to put.
 
         Raises:
             AddressingError: If the delta cannot be put on that module.
         """
-        raise TypeError(f"The delta type {self.delta_type!r} does not say how its layer is built.")
+        return None
+
+    def owned(self, site: Site) -> list[str]:
+        """Return the names of the module's own parameters, relative to it, that the delta trains in place."""
+        return []
+
+    def learning_rate_factor(self, parameter: str) -> float:
+        """Return what the learning rate is multiplied by for the delta's parameter of that name."""
+        return 1.0
+
+    def penalty(self, layers: Sequence[Layer]) -> torch.Tensor | None:
+        """Return what is added to the loss while training; None where the type has no such term."""
+        return None
+
+    def after_step(self, layers: Sequence[Layer], step: int, total_steps: int) -> None:
+        """Do what the type wants done after optimizer step number ``step`` (from 1), while the gradients are there."""
 
     @property
     def saved_with(self) -> SavedWith:

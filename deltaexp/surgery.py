@@ -1,103 +1,113 @@
 """Putting delta layers into a backbone and taking them out, by public PyTorch means only.
 
 A layer becomes a child of the module it modifies, so that its parameters appear in the backbone's own
-``named_parameters()`` and ``state_dict()`` under OpenDelta's names, and a forward hook joins it to the computation.
-No method of the backbone is replaced. The hooks are module-level functions bound to the child's *name*: a deep copy
-or an unpickled backbone computes with its own layers. Taking a layer out removes hook and child and leaves the
-backbone as it was, whatever else hangs in it.
+``named_parameters()`` and ``state_dict()`` under OpenDelta's names, and hooks join it to the computation. No method of the
+backbone is replaced. The hooks are module-level functions bound to the child's *name*: a deep copy or an unpickled backbone
+computes with its own layers. Taking a layer out removes hooks and child and leaves the backbone as it was, whatever else
+hangs in it; putting it in again gives it its old place among the layers on the same module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
-from deltaexp.errors import AddressingError, DeltaExpError, listing
+from deltaexp.errors import DeltaExpError
 from deltaexp.lazy import Layer
 from deltaexp.registry import DeltaConfig
-from deltaexp.structure import linear_dims, output_dim
+from deltaexp.structure import Rows
+from deltaexp.targets import Site, linear_weight, replaced, taken
+
+_orders = itertools.count(1)
 
 
-@dataclass
-class Site:
-    """One place in a backbone at which a delta is to be put."""
-
-    name: str
-    module: nn.Module
-    hidden_size: int | None = None
-    """The backbone's hidden size, taken as the output's where the module does not tell."""
-
-    def linear_dims(self, delta_type: str) -> tuple[int, int]:
-        """Return ``(in_dim, out_dim)`` of the linear map at this place.
-
-        Raises:
-            AddressingError: If it is no linear map.
-        """
-        dims = linear_dims(self.module)
-        if dims is None:
-            inside = [name for name, module in self.module.named_modules() if name and linear_dims(module)]
-            advice = f" It contains {listing(inside, 6)}." if inside else ""
-            raise AddressingError(
-                f"The delta type {delta_type!r} goes on Linear or Conv1D modules, and {self.name!r} is a "
-                f"{type(self.module).__name__}.{advice} Name linear modules in modified_modules."
-            )
-        return dims
-
-    def out_dim(self, delta_type: str) -> int:
-        """Return the size of the last dimension of the output at this place.
-
-        Raises:
-            AddressingError: If neither the module nor the backbone's config tells.
-        """
-        dim = output_dim(self.module) or self.hidden_size
-        if dim is None:
-            raise AddressingError(
-                f"The delta type {delta_type!r} needs to know the width of the output of {self.name!r}, which a "
-                f"{type(self.module).__name__} does not tell. Name a Linear module in modified_modules."
-            )
-        return dim
-
-
-def add_parallel(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any, *, name: str) -> Any:
+def add_parallel(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any, *, name: str, rows: Rows | None) -> Any:
     """Forward hook: add what the layer makes of the module's input to the module's output."""
-    layer = getattr(module, name)
-    x = args[0] if args else next(iter(kwargs.values()))
-    return _on_first(output, lambda h: h + layer(x.to(_dtype(layer, x))).to(h.dtype))
+    layer, x = getattr(module, name), first_input(args, kwargs)
+    return _on_first(output, layer, rows, lambda h, x: h + layer(_as(layer, x)).to(h.dtype), x)
 
 
-def add_sequential(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any, *, name: str) -> Any:
+def add_sequential(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any, *, name: str, rows: Rows | None) -> Any:
     """Forward hook: replace the module's output by what the layer makes of it."""
     layer = getattr(module, name)
-    return _on_first(output, lambda h: layer(h.to(_dtype(layer, h))).to(h.dtype))
+    return _on_first(output, layer, rows, lambda h: layer(_as(layer, h)).to(h.dtype))
 
 
-INSERTIONS: dict[str, Callable[..., Any]] = {"parallel": add_parallel, "sequential": add_sequential}
-"""The ways in which a layer may join the forward pass, by the names that configs use."""
+def add_weighted(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any, *, name: str, rows: Rows | None) -> Any:
+    """Forward hook: replace the module's output by what the layer makes of input, output and the module's parameters."""
+    layer, x = getattr(module, name), first_input(args, kwargs)
+    bias: Any = getattr(module, "bias", None)
+    parameters = linear_weight(module, rows), None if bias is None else taken(bias, rows)
+    return _on_first(output, layer, rows, lambda h, x: layer(_as(layer, x), _as(layer, h), *parameters).to(h.dtype), x)
 
 
-def _on_first(output: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def add_input(module: nn.Module, args: tuple, kwargs: dict[str, Any], *, name: str) -> tuple[tuple, dict[str, Any]]:
+    """Forward pre-hook: replace the module's input by what the layer makes of it."""
+    layer = getattr(module, name)
+    x = first_input(args, kwargs)
+    changed = on_batch_rows(layer, lambda x: layer(_as(layer, x)).to(x.dtype), x)
+    if args:
+        return (changed, *args[1:]), kwargs
+    return args, {**kwargs, next(iter(kwargs)): changed}
+
+
+OUTPUT_HOOKS: dict[str, Callable[..., Any]] = {
+    "parallel": add_parallel,
+    "sequential": add_sequential,
+    "weighted": add_weighted,
+}
+"""The ways in which a layer may join the forward pass after its module (see `deltaexp.lazy.Layer`)."""
+
+
+def first_input(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+    """Return what a module is called with: its first argument, also where the caller names it."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def on_batch_rows(layer: Layer, change: Callable[..., torch.Tensor], h: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+    """Apply ``change(h, *inputs)`` to the rows of the batch that the layer is for, which are all of them as a rule."""
+    if layer.batch_rows is None:
+        return change(h, *inputs)
+    rows = layer.batch_rows.of(h)
+    if not len(rows):
+        return h
+    return h.index_copy(0, rows, change(h[rows], *(x[rows] for x in inputs)))
+
+
+def _on_first(output: Any, layer: Layer, rows: Rows | None, change: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> Any:
     """Apply ``change`` to the hidden states of an output, which is a tensor or a tuple that starts with them."""
+
+    def changed(h: torch.Tensor) -> torch.Tensor:
+        return replaced(h, rows, on_batch_rows(layer, change, taken(h, rows), *inputs))
+
     if isinstance(output, torch.Tensor):
-        return change(output)
+        return changed(output)
     if isinstance(output, tuple) and output and isinstance(output[0], torch.Tensor):
-        rest = (change(output[0]), *output[1:])
+        rest = (changed(output[0]), *output[1:])
         return type(output)(*rest) if hasattr(output, "_fields") else rest
+    if isinstance(output, list) and output and isinstance(output[0], torch.Tensor):
+        return [changed(output[0]), *output[1:]]
+    if isinstance(output, OrderedDict) and output and isinstance(first := next(iter(output.values())), torch.Tensor):
+        output[next(iter(output))] = changed(first)  # transformers' ModelOutput
+        return output
     raise DeltaExpError(
         f"A delta hangs on a module that returns {type(output).__name__}, where a tensor or a tuple that starts with "
         "one was expected. Name a module inside it in modified_modules."
     )
 
 
-def _dtype(layer: nn.Module, like: torch.Tensor) -> torch.dtype:
-    """Return the dtype in which a layer computes: a half-precision backbone may carry float32 deltas."""
-    parameter = next(layer.parameters(), like)
-    return parameter.dtype if like.is_floating_point() else like.dtype
+def _as(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Return ``x`` in the dtype in which a layer computes: a half-precision backbone may carry float32 deltas."""
+    parameter = next(layer.parameters(), x)
+    return x.to(parameter.dtype) if x.is_floating_point() else x
 
 
 @dataclass
@@ -107,14 +117,23 @@ class Attachment:
     site: str
     module: nn.Module
     attribute: str
+    """The name of the child that the layer is; another one than `saved_as` where that was taken."""
+    saved_as: str
     layer: Layer
-    insertion: str
-    handle: RemovableHandle | None = field(default=None, repr=False)
+    rows: Rows | None = None
+    after: nn.Module | None = None
+    """For a pair: the module that the layer's output goes to."""
+    handles: list[Any] = field(default_factory=list, repr=False)
 
     @property
     def prefix(self) -> str:
         """What the names of this layer's parameters start with, e.g. ``SelfAttention.q.lora``."""
         return f"{self.site}.{self.attribute}" if self.site else self.attribute
+
+    @property
+    def saved_prefix(self) -> str:
+        """The same in a checkpoint, where another delta on the same module changes nothing."""
+        return f"{self.site}.{self.saved_as}" if self.site else self.saved_as
 
     def insert(self) -> None:
         """Hang the layer on its module.
@@ -126,36 +145,105 @@ class Attachment:
             raise DeltaExpError(
                 f"{self.prefix!r} exists already, so the delta cannot be attached there. Detach what took its place."
             )
+        like, own = next(self.module.parameters(), None), next(self.layer.parameters(), None)
+        if like is not None and own is not None and own.device != like.device:
+            self.layer.to(like.device)  # the backbone has moved while the layer was out
         self.module.add_module(self.attribute, self.layer)
-        hook = partial(INSERTIONS[self.insertion], name=self.attribute)
-        self.handle = self.module.register_forward_hook(hook, with_kwargs=True)
+        try:
+            self.handles = self._connect()
+        except DeltaExpError:
+            delattr(self.module, self.attribute)
+            raise
+        for module in (self.module, *([self.after] if self.after is not None else [])):
+            _sort(module._forward_hooks, module)
+            _sort(module._forward_pre_hooks, module)
+
+    def _connect(self) -> list[Any]:
+        layer, module, name = self.layer, self.module, self.attribute
+        if layer.connect is not None:
+            return layer.connect(module, name) if self.after is None else layer.connect(module, name, self.after)
+        if layer.insertion == "input":
+            return [module.register_forward_pre_hook(partial(add_input, name=name), with_kwargs=True)]
+        hook = partial(OUTPUT_HOOKS[layer.insertion], name=name, rows=self.rows)
+        return [module.register_forward_hook(hook, with_kwargs=True)]
 
     def remove(self) -> None:
         """Take the layer out, which leaves the module as it was."""
-        if self.handle is not None:
-            self.handle.remove()
-            self.handle = None
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
         delattr(self.module, self.attribute)
 
 
-def prepare(config: DeltaConfig, names: list[str], backbone: nn.Module) -> list[Attachment]:
-    """Build the layers of a delta for the modules called ``names``, without touching the backbone.
+def insert(attachments: Sequence[Attachment]) -> None:
+    """Hang all layers of a delta on their modules, or none of them.
+
+    Raises:
+        DeltaExpError: If something else hangs where one of them should.
+    """
+    done: list[Attachment] = []
+    try:
+        for attachment in attachments:
+            attachment.insert()
+            done.append(attachment)
+    except DeltaExpError:
+        remove(done)
+        raise
+    _forget_compiled()
+
+
+def remove(attachments: Sequence[Attachment]) -> None:
+    """Take all layers of a delta out."""
+    for attachment in reversed(attachments):
+        attachment.remove()
+    _forget_compiled()
+
+
+def _forget_compiled() -> None:
+    """Let torch.compile compile again: it does not look at hooks once it has, and would compute with those that were."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
+def _sort(hooks: Any, module: nn.Module) -> None:
+    """Bring the hooks of the delta layers on a module into the layers' order."""
+
+    def order(hook: Any) -> int | None:
+        keys = getattr(hook, "keywords", {})
+        layer = getattr(module, keys.get("name", ""), None)
+        # The layer whose output comes here from another module hangs there, so that the hook itself has to say it.
+        return layer.order if isinstance(layer, Layer) else keys.get("order")
+
+    found = {key: number for key, hook in hooks.items() if (number := order(hook)) is not None}
+    wanted = sorted(found, key=lambda key: found[key])
+    if list(found) != wanted:
+        for key in wanted:
+            hooks.move_to_end(key)
+
+
+def prepare(config: DeltaConfig, sites: Sequence[Site]) -> list[Attachment]:
+    """Build the layers of a delta for its sites, without touching the backbone.
 
     A layer is initialised on the CPU, so that a seed gives the same values wherever the backbone lives, in float32
     or wider, so that small updates of a half-precision backbone's delta do not vanish in rounding.
     """
-    hidden_size = _hidden_size(backbone)
     result = []
-    for name in names:
-        module = backbone.get_submodule(name)
-        like = next((p for p in module.parameters() if p.is_floating_point()), None)
+    for site in sites:
+        like = next((p for p in site.module.parameters() if p.is_floating_point()), None)
         device = like.device if like is not None else torch.device("cpu")
         dtype = torch.promote_types(like.dtype, torch.float32) if like is not None else torch.float32
         with torch.device("meta" if device.type == "meta" else "cpu"):
-            layer = config.build(Site(name, module, hidden_size))
+            layer = config.build(site)
+        if layer is None:
+            continue
         layer.to(device=device, dtype=dtype)
-        layer.train(module.training)
-        result.append(Attachment(name, module, _free_attribute(module, config.attribute), layer, config.insertion))
+        layer.train(site.module.training)
+        layer.order = next(_orders)
+        # A slice of a fused projection is called after its part: lora_q, lora_v.
+        name = f"{config.attribute}_{(site.role or '').rpartition('.')[2]}" if site.rows else config.attribute
+        after = site.after[1] if site.after else None
+        taken_name = _free_attribute(site.module, name)
+        result.append(Attachment(site.name, site.module, taken_name, name, layer, site.rows, after))
     return result
 
 
@@ -166,10 +254,3 @@ def _free_attribute(module: nn.Module, wanted: str) -> str:
         count += 1
         name = f"{wanted}_{count}"
     return name
-
-
-def _hidden_size(backbone: nn.Module) -> int | None:
-    config = getattr(backbone, "config", None)
-    if config is not None and hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    return getattr(config, "hidden_size", None)

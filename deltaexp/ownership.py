@@ -1,0 +1,93 @@
+"""Parameters of the backbone itself that a delta trains: whose they are, and their values without it and with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from deltaexp.errors import AddressingError, listing
+from deltaexp.structure import backbone_parameters
+
+OWNED = "_deltaexp_owned"
+"""Attribute of a backbone: what the parameters that its attached deltas own were without them. It is kept with the backbone,
+so that a copy knows as well."""
+
+
+def originals(backbone: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the values, without any delta, of the parameters that attached deltas own, under their names."""
+    return backbone.__dict__.get(OWNED, {})
+
+
+class Ownership:
+    """What one delta owns of its backbone.
+
+    While the delta is attached, the backbone's parameters hold the trained values and `without` the original ones;
+    while it is detached, they hold the original values and `trained` the others.
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        self.backbone = backbone
+        self.without: dict[str, torch.Tensor] = {}
+        self.trained: dict[str, torch.Tensor] = {}
+        self.active = False
+
+    def take(self, names: set[str]) -> None:
+        """Own the parameters called ``names`` and no others, with their trained values where there are any.
+
+        Raises:
+            AddressingError: If one belongs to another delta; two owners could not both restore what was.
+        """
+        parameters = backbone_parameters(self.backbone)
+        others = self._others()
+        taken = sorted(names & set(others))
+        if taken:
+            raise AddressingError(
+                f"{listing(taken, 3)}, which this delta would train, belongs to another delta that is attached to this "
+                "backbone. Detach that one first, or leave the module to one of the two."
+            )
+        if self.active:
+            assign(parameters, {name: value for name, value in self.without.items() if name not in names})
+        kept = self.without if self.active else {}
+        self.without = {n: kept[n] if n in kept else parameters[n].detach().clone() for n in parameters if n in names}
+        assign(parameters, {name: value for name, value in self.trained.items() if name in names})
+        self.trained = {}  # from here on the parameters themselves are what is trained
+        self._record({**others, **self.without})
+        self.active = True
+
+    def forget(self, names: set[str]) -> None:
+        """While the delta is detached: own no others than ``names`` any more."""
+        self.without = {name: value for name, value in self.without.items() if name in names}
+        self.trained = {name: value for name, value in self.trained.items() if name in names}
+
+    def release(self) -> None:
+        """Give every parameter its original value back, and keep the trained ones."""
+        parameters = backbone_parameters(self.backbone)
+        self.trained = {name: parameters[name].detach().clone() for name in self.without}
+        assign(parameters, self.without)
+        self._record(self._others())
+        self.active = False
+
+    def values(self) -> dict[str, torch.Tensor]:
+        """Return the trained values under the parameters' names."""
+        source: Mapping[str, torch.Tensor] = backbone_parameters(self.backbone) if self.active else self.trained
+        return {name: source[name] for name in self.without}
+
+    def _others(self) -> dict[str, torch.Tensor]:
+        """Return what other deltas own."""
+        mine = self.without if self.active else {}
+        return {name: value for name, value in originals(self.backbone).items() if name not in mine}
+
+    def _record(self, values: dict[str, torch.Tensor]) -> None:
+        if values:
+            self.backbone.__dict__[OWNED] = values
+        else:
+            self.backbone.__dict__.pop(OWNED, None)
+
+
+def assign(parameters: Mapping[str, nn.Parameter], values: Mapping[str, torch.Tensor]) -> None:
+    """Set parameters, in place."""
+    with torch.no_grad():
+        for name, value in values.items():
+            parameters[name].copy_(value)
