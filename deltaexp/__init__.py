@@ -16,9 +16,12 @@ _HOMES = {
     "DeltaConfig": "registry",
     "register": "registry",
     "Layer": "lazy",
-    "Site": "surgery",
+    "Site": "targets",
     "Visualization": "visualize",
     "HashCheck": "verification",
+    "MergeReport": "merging",
+    "combine": "combining",
+    "route": "routing",
     "DeltaExpError": "errors",
 }
 __all__ = ["__version__", *_HOMES]
@@ -26,12 +29,15 @@ __all__ = ["__version__", *_HOMES]
 if TYPE_CHECKING:
     from deltaexp.auto import AutoDeltaConfig as AutoDeltaConfig
     from deltaexp.auto import AutoDeltaModel as AutoDeltaModel
+    from deltaexp.combining import combine as combine
     from deltaexp.errors import DeltaExpError as DeltaExpError
     from deltaexp.lazy import Layer as Layer
+    from deltaexp.merging import MergeReport as MergeReport
     from deltaexp.model import DeltaModel as DeltaModel
     from deltaexp.registry import DeltaConfig as DeltaConfig
     from deltaexp.registry import register as register
-    from deltaexp.surgery import Site as Site
+    from deltaexp.routing import route as route
+    from deltaexp.targets import Site as Site
     from deltaexp.verification import HashCheck as HashCheck
     from deltaexp.visualize import Visualization as Visualization
 

@@ -16,12 +16,14 @@ USAGE = """\
 usage: deltaexp [run] [key=value ...]            train, evaluate, verify and save a delta
        deltaexp -m key=a,b [key=value ...]       sweep: one run for every combination
        deltaexp push FOLDER ORG/NAME             push a saved delta to the Hugging Face Hub
+       deltaexp compare FOLDER [best=true]       the runs below a folder side by side, or the best of each delta type
+       deltaexp structure backbone=...           show the names that modified_modules may use on a backbone
        deltaexp --cfg job [key=value ...]        show the composed config, and run nothing
        deltaexp --help [delta_type=...]          this text, with the keys of that delta type
 
 (`python -m deltaexp` is the same as `deltaexp`.)
 """
-COMMANDS = ("run", "push")
+COMMANDS = ("run", "push", "structure", "compare")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--version" in words:
             print(f"deltaexp {__version__}")
             return 0
-        return _push(words) if command == "push" else _run(words)
+        return {"push": _push, "structure": _structure, "compare": _compare, "run": _run}[command](words)
     except ConfigError as error:
         print(f"deltaexp: {error}", file=sys.stderr)
         return 2
@@ -69,6 +71,8 @@ def _run(words: list[str]) -> int:
     if not OmegaConf.has_resolver("short_id"):
         OmegaConf.register_new_resolver("short_id", lambda: os.urandom(3).hex(), use_cache=True)
 
+    sweeps: set[str] = set()
+
     def job(cfg: DictConfig) -> float | None:
         from hydra.core.hydra_config import HydraConfig
 
@@ -76,19 +80,24 @@ def _run(words: list[str]) -> int:
         hydra_config = HydraConfig.get()
         if options.multirun:
             print(f"\n=== job {hydra_config.job.num}: {hydra_config.job.override_dirname or 'defaults'} ===", flush=True)
+            sweeps.add(hydra_config.sweep.dir)
         folder = hydra_config.runtime.output_dir
         from deltaexp.lab.run import run  # torch and transformers are imported here, not earlier
 
         return run(run_config, delta_config, folder).score
 
-    schema.register_schemas()
+    schema.register_schemas(search_path)
     # Errors reach us as they are, instead of printed by Hydra with a hint at its own switches.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    previous, sys.argv = sys.argv, ["deltaexp", *words]
+    previous, sys.argv = sys.argv, ["deltaexp", *schema.spelled_out(words)]
     try:
         hydra.main(config_path=str(schema.config_dir()), config_name="config", version_base="1.3")(job)()
     finally:
         sys.argv = previous
+    if sweeps:
+        from deltaexp.lab import comparison
+
+        print(f"written to {comparison.show(sweeps.pop())}")
     return 0
 
 
@@ -107,6 +116,32 @@ def _push(words: list[str]) -> int:
 
     private = options["private"] == "true" if "private" in options else None
     print(f"Pushed and verified: {hub.push(*places, private=private, revision=options.get('revision'))}")
+    return 0
+
+
+def _compare(words: list[str]) -> int:
+    """Compare the runs below a folder: ``compare FOLDER [best=true]``."""
+    places = [word for word in words if "=" not in word]
+    options = dict(word.split("=", 1) for word in words if "=" in word)
+    wrong = [key for key in options if key != "best"]
+    if wrong:
+        raise ConfigError(unknown("option of compare", wrong[0], ("best",)))
+    if len(places) != 1 or options.get("best", "true") not in ("true", "false"):
+        raise ConfigError("compare needs a folder of runs: deltaexp compare outputs/multirun/... [best=true]")
+    from deltaexp.lab import comparison
+
+    print(f"written to {comparison.show(places[0], options.get('best') == 'true')}")
+    return 0
+
+
+def _structure(words: list[str]) -> int:
+    """Show the common structure of a backbone: ``structure backbone=... [task=...]``."""
+    from deltaexp.lab import schema
+
+    run_config, _ = schema.composed(words)
+    from deltaexp.lab.inspecting import show
+
+    show(run_config)
     return 0
 
 

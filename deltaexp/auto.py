@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from deltaexp import checkpoint, hub
+from deltaexp.interop import opendelta
 from deltaexp.model import DeltaModel, direct_class
 from deltaexp.registry import DeltaConfig
 
@@ -28,7 +29,8 @@ class AutoDeltaConfig:
     @staticmethod
     def from_finetuned(path_or_repo: str | Path, **hub_options: Any) -> DeltaConfig:
         """Read the config of a saved delta from a folder or a repository (see `DeltaModel.from_finetuned`)."""
-        return checkpoint.read_config(hub.fetch(path_or_repo, **hub_options))
+        folder = hub.fetch(path_or_repo, **hub_options)
+        return opendelta.read_config(folder) if opendelta.recognised(folder) else checkpoint.read_config(folder)
 
 
 class AutoDeltaModel:

@@ -107,7 +107,7 @@ def write(
     Raises:
         CheckpointError: If the tensors are empty or the disk refuses; nothing that was there is lost.
     """
-    if not tensors:
+    if not tensors and not config.trains_nothing:
         raise CheckpointError("There is nothing to save: the delta has no parameters. Check modified_modules.")
     # One buffer per tensor, in the plainest form: safetensors refuses views and writes what it gets.
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
@@ -289,7 +289,6 @@ def check_names(expected: Mapping[str, Any], found: Mapping[str, Any], where: st
 
 def _what_is_there(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir())
-    opendelta = " It looks like a checkpoint of OpenDelta." if "pytorch_model.bin" in names else ""
     nested = [name for name in names if (folder / name / CONFIG).exists()]
     hint = f" Did you mean {str(folder / nested[0])!r}?" if nested else ""
-    return f"{opendelta} It holds {listing(names)}.{hint}" if names else " It is empty."
+    return f" It holds {listing(names)}.{hint}" if names else " It is empty."

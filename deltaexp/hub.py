@@ -11,9 +11,10 @@ from typing import Any
 from deltaexp import checkpoint
 from deltaexp.card import REPO_ID
 from deltaexp.errors import CheckpointError, ConfigError, HubError
+from deltaexp.interop.opendelta import PICKLED
 
-FILES = [checkpoint.CONFIG, checkpoint.WEIGHTS, checkpoint.MANIFEST]
-"""What loading a delta needs."""
+FILES = [checkpoint.CONFIG, checkpoint.WEIGHTS, checkpoint.MANIFEST, PICKLED]
+"""What loading a delta needs, OpenDelta's tensors among it."""
 
 
 def fetch(

@@ -15,17 +15,16 @@ import torch
 import transformers
 from torch import nn
 
-from deltaexp import __version__, addressing, checkpoint, hub, registry, verification
+from deltaexp import __version__, addressing, checkpoint, hub, merging, registry, surgery, targets, verification
 from deltaexp.card import plain_card
 from deltaexp.checksum import digests
 from deltaexp.errors import AddressingError, CheckpointError, ConfigError, DeltaExpError, listing
+from deltaexp.interop import opendelta
+from deltaexp.ownership import Ownership, originals
 from deltaexp.registry import DeltaConfig, SavedWith
-from deltaexp.structure import backbone_modules, backbone_parameters, backbone_tensors, common_names
+from deltaexp.structure import backbone_modules, backbone_parameters, backbone_tensors
 from deltaexp.surgery import Attachment, prepare
 from deltaexp.verification import HashCheck
-
-OWNED = "_deltaexp_owned"
-"""Attribute of a backbone: the names of its own parameters that an attached delta has taken charge of."""
 
 
 class DeltaModel:
@@ -54,54 +53,37 @@ class DeltaModel:
             raise ConfigError("Give either a config or, to a class such as LoraModel, the keys of its config.")
         self.backbone_model = backbone_model
         self.config = copy.deepcopy(config)
-        if self.config.modified_modules is None:
-            # Written out, so that a saved delta still means the same modules when a later version's defaults differ.
-            self.config.modified_modules = list(config.default_modules)
-            self.config.common_structure = True
         self.hash_check: HashCheck | None = None
         """What the check of a delta loaded by `from_finetuned` found; None for one that was not loaded."""
-        self.targets = self._resolve(default=config.modified_modules is None)
+        self.combination: Any = None
+        """How `deltaexp.combine` made it, a `deltaexp.combining.Combination`; None for one that it did not make."""
+        self.targets, sites = targets.find(self.config, backbone_model)
         """For every pattern of ``modified_modules``, the names of the modules that it means."""
-        chosen = {name for names in self.targets.values() for name in names}
-        ordered = [name for name, _ in backbone_modules(backbone_model) if name in chosen]
-        self.attachments: list[Attachment] = prepare(config, ordered, backbone_model)
-        self.attached = False
-        # Parameters of the backbone that the delta owns, by name: what they were without it, and with it.
-        self._without: dict[str, torch.Tensor] = {}
-        self._with: dict[str, torch.Tensor] = {}
-        self.attach()
-
-    def _resolve(self, default: bool) -> dict[str, list[str]]:
-        """Find the modules to modify; ``default`` says that the delta type chose them, not the user."""
-        try:
-            return addressing.resolve(
-                self.config.modified_modules or [],
-                [name for name, _ in backbone_modules(self.backbone_model)],
-                common=common_names(self.backbone_model),
-                common_structure=self.config.common_structure,
-                exclude=self.config.exclude_modules,
-            )
-        except AddressingError as error:
-            if not default:
-                raise
+        self.attachments: list[Attachment] = prepare(self.config, sites)
+        self._ownership = Ownership(backbone_model)
+        self._in_place = {
+            ".".join(part for part in (site.name, name) if part) for site in sites for name in self.config.owned(site)
+        }
+        """The backbone's own parameters that the type trains in place, under their first names."""
+        self._in_place = self._first_names(self._in_place)
+        if not (self.attachments or self._in_place or config.trains_nothing):
             raise AddressingError(
-                f"The default modules of {self.config.delta_type!r} are not found in this "
-                f"{type(self.backbone_model).__name__}: {error} Name the modules to modify in modified_modules."
-            ) from error
+                f"The delta type {config.delta_type!r} finds nothing to modify in {listing(self.targets)}. "
+                "Name other modules in modified_modules."
+            )
+        self.merge_record: merging.Merge | None = None
+        self.attached = False
+        self.attach()
 
     def attach(self) -> None:
         """Put the delta into the backbone; a second call changes nothing."""
         if self.attached:
             return
-        done: list[Attachment] = []
+        surgery.insert(self.attachments)
         try:
-            for attachment in self.attachments:
-                attachment.insert()
-                done.append(attachment)
-            self._own()
+            self._ownership.take(self._owned_names())
         except DeltaExpError:
-            for attachment in done:
-                attachment.remove()
+            surgery.remove(self.attachments)
             raise
         self.attached = True
 
@@ -109,26 +91,48 @@ class DeltaModel:
         """Take the delta out, which leaves the backbone bit for bit as it was; a second call changes nothing."""
         if not self.attached:
             return
-        for attachment in self.attachments:
-            attachment.remove()
-        parameters = dict(self.backbone_model.named_parameters())
-        self._with = {name: parameters[name].detach().clone() for name in self._without}
-        _assign(parameters, self._without)
-        self.backbone_model.__dict__.setdefault(OWNED, set()).difference_update(self._without)
-        if not self.backbone_model.__dict__[OWNED]:
-            del self.backbone_model.__dict__[OWNED]
+        if self.merged:
+            merging.restore(self)
+        else:
+            surgery.remove(self.attachments)
+        self._ownership.release()
         self.attached = False
 
     @contextlib.contextmanager
     def detached(self) -> Iterator[nn.Module]:
         """Within this context the backbone is without the delta."""
-        was = self.attached
+        was, merged = self.attached, self.merged
         self.detach()
         try:
             yield self.backbone_model
         finally:
             if was:
                 self.attach()
+            if merged:
+                self.merge()
+
+    @property
+    def merged(self) -> bool:
+        """Whether the delta is attached by being folded into the backbone's weights."""
+        return self.merge_record is not None
+
+    def merge(self, inputs: Mapping[str, Any] | None = None) -> merging.MergeReport:
+        """Attach the delta by folding its layers into the weights they change, and return the measured error.
+
+        Until `unmerge` or `detach` the layers are out of the module tree and cannot be trained; what is saved is the same.
+        Parameters that the delta trains in place stay as they are. A second call returns the report of the first.
+
+        Args:
+            inputs: A batch for the backbone, by keywords, on which the logits before and after are compared.
+
+        Raises:
+            DeltaExpError: If a layer cannot be folded exactly (see `deltaexp.merging`); then nothing has changed.
+        """
+        return merging.merge(self, inputs)
+
+    def unmerge(self) -> None:
+        """Give the weights their values back, bit for bit, and put the layers in again; nothing where it is not merged."""
+        merging.unmerge(self)
 
     def freeze_module(self, exclude: Sequence[str] | None = None) -> None:
         """Freeze the backbone except for what is to be trained, which is also what is saved.
@@ -145,74 +149,89 @@ class DeltaModel:
         before = self.config.unfrozen_modules
         if exclude is not None:
             self.config.unfrozen_modules = list(exclude)
-        parameters = backbone_parameters(self.backbone_model)
         try:
-            owned = self._unfrozen_names(parameters)
+            owned = self._owned_names()
             if self.attached:
-                self._own()
+                self._ownership.take(owned)
             else:  # `attach` takes charge of what is new
-                self._without = {name: value for name, value in self._without.items() if name in owned}
-                self._with = {name: value for name, value in self._with.items() if name in owned}
+                self._ownership.forget(owned)
         except AddressingError:
             self.config.unfrozen_modules = before
             raise
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(name in owned)
+        deltas = "deltas" in self.config.unfrozen_modules
+        trained = self._unfrozen_names() | (self._in_place if deltas else set())
+        others = set(originals(self.backbone_model)) - owned
+        for name, parameter in backbone_parameters(self.backbone_model).items():
+            if name not in others:
+                parameter.requires_grad_(name in trained)
         for attachment in self.attachments:
-            attachment.layer.requires_grad_("deltas" in self.config.unfrozen_modules)
+            attachment.layer.requires_grad_(deltas)
 
-    def _own(self) -> None:
-        """Take charge of the parameters that ``unfrozen_modules`` names, and let go of those it no longer does."""
-        parameters = backbone_parameters(self.backbone_model)
-        owned = self._unfrozen_names(parameters)
-        # Kept with the backbone, so that a copy of it knows as well; two owners could not both restore what was.
-        everyones: set[str] = self.backbone_model.__dict__.setdefault(OWNED, set())
-        mine = set(self._without) if self.attached else set()
-        taken = sorted(owned & (everyones - mine))
-        if taken:
-            raise AddressingError(
-                f"{listing(taken, 3)} in unfrozen_modules belongs to another delta that is attached to this backbone. "
-                "Detach that one first, or leave the module to one of the two."
-            )
-        _assign(parameters, {name: value for name, value in self._without.items() if name not in owned})
-        self._without = {n: self._without.get(n, parameters[n]).detach().clone() for n in parameters if n in owned}
-        _assign(parameters, {name: value for name, value in self._with.items() if name in owned})
-        self._with = {}  # from here on the parameters themselves are what is trained
-        everyones -= mine
-        everyones |= owned
+    def _owned_names(self) -> set[str]:
+        """Return the names of the backbone's parameters that the delta owns: its type's and ``unfrozen_modules``'."""
+        return self._unfrozen_names() | self._in_place
 
-    def _unfrozen_names(self, parameters: Mapping[str, nn.Parameter]) -> set[str]:
+    def _first_names(self, names: set[str]) -> set[str]:
+        """Return names of the backbone's parameters as they are saved: a tied one is known by its first name."""
+        first = {id(parameter): name for name, parameter in backbone_parameters(self.backbone_model).items()}
+        every = dict(self.backbone_model.named_parameters(remove_duplicate=False))
+        return {first[id(every[name])] for name in names}
+
+    def _unfrozen_names(self) -> set[str]:
         """Return the names of the backbone's parameters that ``unfrozen_modules`` means."""
-        # A tied parameter may be named by any of its names; it is saved under its first.
-        first = {id(parameter): name for name, parameter in parameters.items()}
-        names = [name for name, _ in self.backbone_model.named_parameters(remove_duplicate=False)]
-        tied = dict(self.backbone_model.named_parameters(remove_duplicate=False))
-        own = [name for name in names if id(tied[name]) in first]
+        first = {id(parameter) for parameter in backbone_parameters(self.backbone_model).values()}
+        every = self.backbone_model.named_parameters(remove_duplicate=False)
+        own = [name for name, parameter in every if id(parameter) in first]
         result = set()
         for pattern in self.config.unfrozen_modules:
             if pattern == "deltas":
                 continue
-            found = {first[id(tied[name])] for name in own if addressing.covers(pattern, name)}
+            found = {name for name in own if addressing.covers(pattern, name)}
             if not found:
                 addressing.resolve([pattern], [*own, *dict(backbone_modules(self.backbone_model))])
                 raise AddressingError(f"The pattern {pattern!r} in unfrozen_modules means no parameter.")
             result |= found
-        return result
+        return self._first_names(result)
 
     def base_tensors(self) -> dict[str, torch.Tensor]:
-        """Return what the delta does not own: the backbone's other parameters and its persistent buffers."""
-        return {n: value for n, value in backbone_tensors(self.backbone_model).items() if n not in self._without}
+        """Return what the delta was put on: the backbone's parameters as they were without it, and its persistent buffers.
+
+        What ``unfrozen_modules`` names is left out: a new head has no value that it had before.
+        """
+        without, heads = originals(self.backbone_model), self._unfrozen_names()
+        tensors = backbone_tensors(self.backbone_model)
+        return {name: without.get(name, value) for name, value in tensors.items() if name not in heads}
 
     def delta_tensors(self) -> dict[str, torch.Tensor]:
         """Return what is saved: the delta's layers and the parameters it owns, under their names in a checkpoint."""
         result: dict[str, torch.Tensor] = {}
+        seen: set[int] = set()
         for attachment in self.attachments:
-            # Under the type's own name, also where another delta on the module made this one "lora_1".
-            prefix = ".".join(part for part in (attachment.site, self.config.attribute) if part)
-            result.update(attachment.layer.named_parameters(prefix=prefix))
-        parameters = backbone_parameters(self.backbone_model) if self.attached else self._with
-        result.update({name: parameters[name] for name in self._without})
-        return result
+            layer, prefix = attachment.layer, attachment.saved_prefix
+            for name, tensor in (*layer.named_parameters(prefix=prefix), *layer.named_buffers(prefix=prefix)):
+                if id(tensor) not in seen:  # what layers share (a random projection) is saved once, under its first name
+                    seen.add(id(tensor))
+                    result[name] = tensor
+        return {**result, **self._ownership.values()}
+
+    def penalty(self) -> torch.Tensor | None:
+        """Return what the delta's type adds to the loss while training; None where it adds nothing."""
+        return self.config.penalty([attachment.layer for attachment in self.attachments])
+
+    def after_step(self, step: int, total_steps: int) -> None:
+        """Tell the delta's type that optimizer step number ``step``, from 1, is done; the gradients must be there still."""
+        self.config.after_step([attachment.layer for attachment in self.attachments], step, total_steps)
+
+    def learning_rate_factors(self) -> dict[nn.Parameter, float]:
+        """Return what the learning rate is multiplied by for the delta's parameters; 1 for those that are not in it.
+
+        An optimizer takes them as ``[{"params": [p], "lr": factor * lr} for p, factor in factors.items()]``.
+        """
+        return {
+            tensor: factor
+            for name, tensor in self.delta_tensors().items()
+            if isinstance(tensor, nn.Parameter) and (factor := self.config.learning_rate_factor(name)) != 1.0
+        }
 
     def save_finetuned(
         self, save_directory: str | Path, *, card: str | None = None, backbone_name: str | None = None
@@ -227,7 +246,8 @@ class DeltaModel:
         Raises:
             CheckpointError: If the folder cannot be written; what it held before is kept.
         """
-        stray = [n for n, p in backbone_parameters(self.backbone_model).items() if p.requires_grad and n not in self._without]
+        owned = self._owned_names() | set(originals(self.backbone_model))
+        stray = [n for n, p in backbone_parameters(self.backbone_model).items() if p.requires_grad and n not in owned]
         if stray:
             warnings.warn(
                 f"{len(stray)} parameters of the backbone are trainable and not part of the delta ({listing(stray, 3)}): "
@@ -269,7 +289,8 @@ class DeltaModel:
             BackboneMismatchError: If the backbone is not the one that the delta was trained on.
             HubError: If the repository cannot be fetched.
         """
-        saved = checkpoint.read(hub.fetch(path_or_repo, **hub_options))
+        folder = hub.fetch(path_or_repo, **hub_options)
+        saved = opendelta.read(folder, backbone_model) if opendelta.recognised(folder) else checkpoint.read(folder)
         if cls.config_class is not None and not isinstance(saved.config, cls.config_class):
             raise CheckpointError(
                 f"{str(path_or_repo)!r} holds a delta of type {saved.config.delta_type!r}, and {cls.__name__} loads "
@@ -306,7 +327,9 @@ class DeltaModel:
         Raises:
             CheckpointError: If a name, shape or dtype does not fit; then nothing is set.
         """
-        own = self.delta_tensors()
+        if self.merged:
+            raise CheckpointError(f"The delta in {where!r} cannot be loaded into one that is merged; call unmerge() first.")
+        own, owned = self.delta_tensors(), self._ownership.values()
         checkpoint.check_names(own, tensors, f"The delta in {where!r}", "its config describes on this backbone")
         wrong = [
             f"{name} has shape {list(tensors[name].shape)} where {list(value.shape)} is needed"
@@ -316,7 +339,7 @@ class DeltaModel:
         wrong += [
             f"{name} has dtype {tensors[name].dtype} and the backbone's is {value.dtype}"
             for name, value in own.items()
-            if name in self._without and tensors[name].dtype != value.dtype
+            if name in owned and tensors[name].dtype != value.dtype
         ]
         if wrong:
             raise CheckpointError(
@@ -347,12 +370,6 @@ class DeltaModel:
         if visualization:
             view.structure_graph()
         view.print_counts(self.counts())
-
-
-def _assign(parameters: Mapping[str, nn.Parameter], values: Mapping[str, torch.Tensor]) -> None:
-    with torch.no_grad():
-        for name, value in values.items():
-            parameters[name].copy_(value)
 
 
 def direct_class(config_class: type[DeltaConfig]) -> type[DeltaModel]:

@@ -77,6 +77,14 @@ def check_model(saved: SavedDelta, base: Mapping[str, TensorDigest], delta: Mapp
         HashMismatchError: If the md5 differs and no manifest tells which side does.
     """
     recorded = saved.config.saved_with.backbone_hash
+    if saved.config.saved_with.origin:
+        warnings.warn(
+            f"The delta in {str(saved.folder)!r} was saved by {saved.config.saved_with.origin}, whose hash covers the text "
+            "that its versions of torch and transformers print for a model. It cannot be compared with anything here: whether "
+            "this is the right backbone is unknown. Its tensors fit by name and shape.",
+            stacklevel=4,
+        )
+        return HashCheck.UNKNOWN
     if recorded is None:
         warnings.warn(
             f"The delta in {str(saved.folder)!r} records no hash of the model it was trained in, so whether this is the "

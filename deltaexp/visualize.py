@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 
 import torch
@@ -33,21 +34,52 @@ class Visualization:
             console: Where to print; standard output where none is given.
             fold: Show equal blocks that follow one another once, e.g. as ``0-11``.
         """
-        tree = Tree(Text.assemble(("root", "bold"), " ", _kind(self.model)), guide_style="bright_black")
+        tree = self._tree(fold)
+        _print(tree, console or Console())
+        return tree
+
+    def to_html(self, fold: bool = True, width: int = 120) -> str:
+        """Return the module tree as a piece of HTML that carries its own colours, for notebooks and model cards.
+
+        Args:
+            fold: As for `structure_graph`.
+            width: Columns of text.
+        """
+        page = '<pre style="line-height:1.2;font-family:monospace">{code}</pre>'
+        return self._recorded(fold, width).export_html(inline_styles=True, code_format=page)
+
+    def to_svg(self, fold: bool = True, width: int = 120, title: str = "") -> str:
+        """Return the module tree as an SVG image; ``title`` stands above it, the model's class where there is none."""
+        return self._recorded(fold, width).export_svg(title=title or type(self.model).__name__)
+
+    def _repr_html_(self) -> str:
+        """Let a notebook show the tree of a `Visualization` that ends a cell."""
+        return self.to_html()
+
+    def _recorded(self, fold: bool, width: int) -> Console:
+        console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+        _print(self._tree(fold), console)
+        return console
+
+    def _tree(self, fold: bool) -> Tree:
+        tree = Tree(Text.assemble(("root", "bold"), " ", _kind(self.model), _summary(self.model)), guide_style="bright_black")
         self._grow(tree, self.model, fold)
-        console = console or Console()
-        console.print(tree)
-        legend = Text(" ").join(Text(name, style) for name, style in STYLES.items())
-        console.print(Text("legend: ").append_text(legend))
         return tree
 
     def print_counts(self, counts: Mapping[str, int], console: Console | None = None) -> None:
-        """Print numbers of parameters and what part of the backbone they are."""
+        """Print numbers of parameters, what part of the backbone they are, and memory.
+
+        Args:
+            counts: What `DeltaModel.counts` returns.
+            console: Where to print; standard output where none is given.
+        """
         total = max(counts["backbone"], 1)
         parts = [f"{name} {counts[name]:,} ({counts[name] / total:.3%})" for name in ("trainable", "delta")]
+        bytes_of = sum(tensor.numel() * tensor.element_size() for tensor in self.model.parameters())
+        parts.append(f"parameters take {bytes_of / 2**20:,.1f} MiB")
         if torch.cuda.is_available():
             parts.append(f"peak CUDA memory {torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB")
-        (console or Console()).print(f"backbone {total:,} parameters; " + "; ".join(parts), highlight=False)
+        (console or Console()).print(f"backbone {counts['backbone']:,} parameters; " + "; ".join(parts), highlight=False)
 
     def _grow(self, tree: Tree, module: nn.Module, fold: bool) -> None:
         for name, parameter in module.named_parameters(recurse=False):
@@ -68,6 +100,13 @@ class Visualization:
             branch = tree.add(text.append_text(_summary(child)), style=STYLES["delta"] if delta else "")
             self._grow(branch, child, fold)
             start = stop
+
+
+def _print(tree: Tree, console: Console) -> None:
+    """Print a tree and OpenDelta's legend below it."""
+    console.print(tree)
+    legend = Text(" ").join(Text(name, style) for name, style in STYLES.items())
+    console.print(Text("legend: ").append_text(legend))
 
 
 def _kind(module: nn.Module) -> Text:
