@@ -70,16 +70,14 @@ def load(config: BackboneConfig, task: TaskConfig) -> Backbone:
     options: dict[str, Any] = {"revision": config.revision} if config.revision else {}
     try:
         settings = transformers.AutoConfig.from_pretrained(place, **options)
-        auto_class = _auto_class(settings, task, config.name)
+        chosen = auto_class(settings, task, config.name)
         if task.kind == "classification":
             names = dict(enumerate(task.labels))
             options |= {"id2label": names, "label2id": {label: number for number, label in names.items()}}
             options |= {"num_labels": len(task.labels)}
         tokenizer = _tokenizer(config, place)
         with _without_report():
-            model, info = auto_class.from_pretrained(
-                place, dtype=getattr(torch, config.dtype), output_loading_info=True, **options
-            )
+            model, info = chosen.from_pretrained(place, dtype=getattr(torch, config.dtype), output_loading_info=True, **options)
     except (OSError, ValueError) as error:
         first_line = (str(error).splitlines() or [""])[0]
         raise DeltaExpError(
@@ -138,7 +136,12 @@ def new_patterns(model: nn.Module, missing: Iterable[str]) -> list[str]:
     return patterns
 
 
-def _auto_class(settings: Any, task: TaskConfig, name: str) -> Any:
+def auto_class(settings: Any, task: TaskConfig, name: str) -> Any:
+    """Return the class that loads a backbone with these settings for a task.
+
+    Raises:
+        ConfigError: If the backbone cannot do the task.
+    """
     if task.kind == "classification":
         return transformers.AutoModelForSequenceClassification
     if not settings.is_encoder_decoder:

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import os
 import platform
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from deltaexp.card import plain_card
 from deltaexp.errors import CheckpointError, DeltaExpError, listing
 from deltaexp.lab import backbones, tracking, training
 from deltaexp.lab.config import RunConfig
+from deltaexp.lab.memory import PeakMemory
 from deltaexp.lab.tasks import data as task_data
 from deltaexp.lab.tasks.kinds import KINDS
 from deltaexp.registry import DeltaConfig
@@ -123,10 +123,20 @@ def run(config: RunConfig, delta_config: DeltaConfig, folder: str | Path, consol
         final = splits[data.evaluated]
         with clock.phase("evaluate before", f"evaluating the backbone as it is on {data.evaluated}"), delta_model.detached():
             before = training.evaluate(trainer, final)
+        memory = PeakMemory()
         with clock.phase("train", f"training for {trainer.args.max_steps:,} steps"):
-            trainer.train()
+            if counts["trainable"]:
+                trainer.train()
+            else:
+                console.print("  nothing is trainable: the backbone is measured as it is")
+        peak = memory.read()
         with clock.phase("evaluate after", f"evaluating with the delta on {data.evaluated}"):
             after = training.evaluate(trainer, final)
+        metrics = {"before": before, "after": after}
+        if data.evaluated != "validation":
+            # What a choice between runs goes by: the test split is for the one that was chosen.
+            with clock.phase("validate", "evaluating with the delta on validation"):
+                metrics["validation"] = training.evaluate(trainer, splits["validation"])
 
         # 8. Save; load into a fresh backbone, as others will; compare.
         stage = folder / ".delta.unverified"
@@ -143,7 +153,7 @@ def run(config: RunConfig, delta_config: DeltaConfig, folder: str | Path, consol
             "config": config_dict,
             "task_metric": kind.metric,
             "evaluated_on": data.evaluated,
-            "metrics": {"before": before, "after": after},
+            "metrics": metrics,
             "training_log": trainer.state.log_history,
             "steps": trainer.state.global_step,
             "seeds": seeds,
@@ -157,7 +167,7 @@ def run(config: RunConfig, delta_config: DeltaConfig, folder: str | Path, consol
             "backbone_hash": delta_model.config.saved_with.backbone_hash,
             "digests": manifest.files,
             "seconds": {**clock.seconds, "total": round(time.perf_counter() - start, 3)},
-            "peak_memory_bytes": _peak_memory(),
+            "peak_memory_bytes": peak,
             "versions": _versions(),
         }
         card = _card(delta_model.config, backbone, results, config)
@@ -200,19 +210,6 @@ def _verify(config: RunConfig, backbone: backbones.Backbone, folder: Path, probe
         )
     assert loaded.hash_check is HashCheck.MATCH
     return {"hash": loaded.hash_check.value, "max_logit_difference": difference, "probe_rows": len(logits[0])}
-
-
-def _peak_memory() -> dict[str, int]:
-    """Return the peak of resident memory of the process, and of CUDA memory where there is any, in bytes."""
-    peak = {}
-    if sys.platform != "win32":
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts bytes on macOS, kibibytes elsewhere
-        peak["process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    if torch.cuda.is_available():
-        peak["cuda"] = torch.cuda.max_memory_allocated()
-    return peak
 
 
 def _versions() -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import make_dataclass
 from pathlib import Path
@@ -29,6 +30,10 @@ DEFAULT_DELTA_TYPE = "lora"
 """The choice in ``conf/config.yaml``'s defaults list."""
 
 
+_stored: dict[str, type[DeltaConfig]] = {}
+"""The delta types whose schemas Hydra knows."""
+
+
 def config_dir() -> Path:
     """Return the folder ``conf/``: inside the installed package, or at the top of a checkout."""
     package = Path(__file__).resolve().parents[1]
@@ -48,15 +53,20 @@ def choices(group: str, search_path: Sequence[str] = ()) -> dict[str, str]:
     return result
 
 
-def register_schemas() -> None:
+def register_schemas(search_path: Sequence[str] = ()) -> None:
     """Tell Hydra the type of the root config for every delta type: its own keys and those of a run, flat."""
     store = ConfigStore.instance()
     for name in registry.known():
         config_class = registry.get(name)
-        # Two dataclasses merge at the root only if one is a subclass of the other, hence one type for each delta.
-        root = make_dataclass(f"{config_class.__name__}Run", [], bases=(config_class, RunConfig))
-        store.store(group="schema", name=name, node=root, package="_global_")
-        if not (config_dir() / "delta_type" / f"{name}.yaml").exists():
+        if _stored.get(name) is not config_class:  # storing takes time, and a sweep composes many configs
+            # Two dataclasses merge at the root only if one is a subclass of the other, hence one type for each delta.
+            root = make_dataclass(f"{config_class.__name__}Run", [], bases=(config_class, RunConfig))
+            store.store(group="schema", name=name, node=root, package="_global_")
+            _stored[name] = config_class
+        described = any((Path(root) / "delta_type" / f"{name}.yaml").exists() for root in [str(config_dir()), *search_path])
+        if described:
+            store.repo.get("delta_type", {}).pop(f"{name}.yaml", None)  # of an earlier call that did not know the folder
+        else:
             # A type from another package is a choice as soon as it is registered, without a YAML file.
             store.store(group="delta_type", name=name, node={"defaults": [f"/schema/{name}", "_self_"]}, package="_global_")
 
@@ -84,13 +94,13 @@ def composed(overrides: Sequence[str], search_path: Sequence[str] = ()) -> tuple
     Raises:
         ConfigError: If anything in it is not allowed.
     """
-    register_schemas()
+    register_schemas(search_path)
     parsed = parse(overrides)
     check_keys(parsed, search_path)
     extra = [f"hydra.searchpath=[{','.join(f'file://{Path(p).resolve()}' for p in search_path)}]"] if search_path else []
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            cfg = compose("config", overrides=[*overrides, *extra])
+            cfg = compose("config", overrides=[*spelled_out(overrides), *extra])
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_hydra_sentence(error)) from error
     return split(cfg)
@@ -175,8 +185,25 @@ def _check_path(key: str, delta_types: Sequence[str]) -> None:
             )
         hint = did_you_mean(section, fields) or _elsewhere(section)
         raise ConfigError(f"There is no key {section!r}.{hint} See all keys with: deltaexp --help delta_type={delta_types[0]}")
+    if section in free_sections():
+        return  # its keys are another library's, or patterns
     if rest and rest not in (_section(section) if section in lab_config.PARTS else {}):
         raise ConfigError(unknown(f"key of {section}", rest, _section(section) if section in lab_config.PARTS else []))
+
+
+def free_sections() -> set[str]:
+    """Return the keys of delta types that are mappings, below which the user may write keys of any name."""
+    found = set()
+    for name in registry.known():
+        hints = typing.get_type_hints(registry.get(name))
+        found |= {key for key in _fields(registry.get(name)) if typing.get_origin(hints[key]) is dict}
+    return found
+
+
+def spelled_out(words: Sequence[str]) -> list[str]:
+    """Return command-line words in which overrides below a free section may add their key, as Hydra wants it said."""
+    free = tuple(f"{section}{mark}" for section in free_sections() for mark in ".=")
+    return [f"++{word}" if word.startswith(free) and "=" in word else word for word in words]
 
 
 def _elsewhere(name: str) -> str:

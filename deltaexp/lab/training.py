@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import EarlyStoppingCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers import EarlyStoppingCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from deltaexp.checkpoint import WEIGHTS
+from deltaexp.errors import listing
 from deltaexp.lab.config import TrainerConfig
 from deltaexp.lab.tasks.kinds import Kind
 from deltaexp.model import DeltaModel
@@ -36,6 +38,29 @@ class DeltaTrainer(Seq2SeqTrainer):
         folder = self.state.best_model_checkpoint
         self.delta_model.load_tensors(load_file(os.path.join(folder, WEIGHTS)), folder)
 
+    def create_optimizer(self, *arguments: Any) -> torch.optim.Optimizer:
+        """Make the optimizer with the learning rates that the delta's type asks for (LoRA+ has two)."""
+        if self.optimizer is None:
+            optimizer, factors = super().create_optimizer(*arguments), self.delta_model.learning_rate_factors()
+            groups = []
+            for group in optimizer.param_groups:
+                for factor in sorted({factors.get(parameter, 1.0) for parameter in group["params"]}):
+                    mine = [parameter for parameter in group["params"] if factors.get(parameter, 1.0) == factor]
+                    groups.append({**group, "params": mine, "lr": group["lr"] * factor})
+            optimizer.param_groups = groups
+        return self.optimizer
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **options: Any) -> Any:
+        """Return the task's loss, while training with the term that the delta's type adds (AdaLoRA has one)."""
+        result = super().compute_loss(model, inputs, return_outputs=return_outputs, **options)
+        penalty = self.delta_model.penalty() if model.training else None
+        if penalty is None:
+            return result
+        # A loss that is averaged over all accumulated batches already is not divided by their number any more.
+        if self.model_accepts_loss_kwargs and options.get("num_items_in_batch") is not None:
+            penalty = penalty / self.current_gradient_accumulation_steps
+        return (result[0] + penalty, result[1]) if return_outputs else result + penalty
+
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None, **options: Any
     ) -> Any:
@@ -43,6 +68,25 @@ class DeltaTrainer(Seq2SeqTrainer):
         if self.generates:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **options)
         return super(Seq2SeqTrainer, self).prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+
+class StepCallback(TrainerCallback):
+    """Tells the delta's type of every optimizer step, while the gradients are there (AdaLoRA moves its budget then)."""
+
+    def __init__(self, delta_model: DeltaModel) -> None:
+        self.delta_model = delta_model
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        """Pass the number of the step on; after the first, say what the loss does not depend on."""
+        if state.global_step == 0:
+            idle = [name for name, p in self.delta_model.trainable_parameters().items() if p.grad is None]
+            if idle:
+                warnings.warn(
+                    f"{len(idle)} trainable parameters have no gradient ({listing(idle, 3)}): the backbone does not call their "
+                    "modules on this data, so they stay as they are. Leave these modules out of modified_modules.",
+                    stacklevel=2,
+                )
+        self.delta_model.after_step(state.global_step + 1, state.max_steps)
 
 
 def build(
@@ -115,7 +159,7 @@ def build(
         eval_dataset=splits["validation"],
         data_collator=kind.collator(model),
         compute_metrics=lambda p: kind.metrics(p.predictions, p.label_ids),
-        callbacks=[*extra, *callbacks],
+        callbacks=[StepCallback(delta_model), *extra, *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
