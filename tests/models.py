@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from transformers import (
@@ -132,6 +134,11 @@ FAMILIES = {
 }
 
 
+def slow_but(names: Iterable[str], quick: Collection[str]) -> list[Any]:
+    """Return parameters for a test of which those not in ``quick`` are run with the slow ones."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 def attach(backbone: nn.Module, delta_type: str = "lora", *, seed: int | None = 7, **keys: object) -> DeltaModel:
     """Put a delta into a backbone, freeze the rest, and move its layers as training would, unless ``seed`` is None."""
     config = AutoDeltaConfig.from_dict({"delta_type": delta_type, **keys})
@@ -145,11 +152,16 @@ def attach(backbone: nn.Module, delta_type: str = "lora", *, seed: int | None = 
 
 
 def perturb(delta_model: DeltaModel, seed: int = 7) -> None:
-    """Add noise to every tensor of a delta, and so to what it owns of the backbone."""
+    """Add noise to every parameter of a delta, and so to what it owns of the backbone."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for value in delta_model.delta_tensors().values():
+        for value in parameters(delta_model).values():
             value.add_(torch.randn(value.shape, generator=generator).to(value.dtype) * 0.3)
+
+
+def parameters(delta_model: DeltaModel) -> dict[str, nn.Parameter]:
+    """Return what of a delta is trained; the rest of what is saved are fixed tensors such as random projections."""
+    return {name: value for name, value in delta_model.delta_tensors().items() if isinstance(value, nn.Parameter)}
 
 
 def logits(backbone: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -225,16 +225,6 @@ def test_a_pickle_is_never_loaded(tmp_path: Path) -> None:
     assert not sprung.exists()
 
 
-def test_a_checkpoint_of_opendelta_is_refused_by_its_name(tmp_path: Path) -> None:
-    golden = Path(__file__).parent / "golden" / "bert" / "lora"
-    for name in ("config.json", "pytorch_model.bin"):
-        shutil.copy(golden / name, tmp_path / name)
-    with pytest.raises(CheckpointError, match="looks like a checkpoint of OpenDelta") as caught:
-        AutoDeltaModel.from_finetuned(tmp_path, BERT.build())
-    assert str(tmp_path) in str(caught.value)
-    assert WEIGHTS in str(caught.value)
-
-
 def test_folders_that_hold_no_delta(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no folder"):
         AutoDeltaModel.from_finetuned(tmp_path / "nowhere" / "at" / "all", BERT.build())

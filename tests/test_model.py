@@ -247,7 +247,7 @@ def test_a_config_is_not_shared_with_its_caller() -> None:
 
 
 def test_the_defaults_are_not_found_in_an_unknown_backbone() -> None:
-    with pytest.raises(AddressingError, match="default modules of 'lora' are not found in this Sequential"):
+    with pytest.raises(AddressingError, match="default modules of 'lora' .* are not found in this backbone"):
         deltaexp.LoraModel(nn.Sequential(nn.Linear(2, 2)))
 
 
@@ -296,6 +296,8 @@ def test_log(capsys: pytest.CaptureFixture[str]) -> None:
 class ScaleLayer(Layer):
     """Multiplies the output by a learnt vector, and is pickled like any class at the top of a module."""
 
+    insertion = "sequential"
+
     def __init__(self, dim: int, start: float) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.full((dim,), start))
@@ -313,7 +315,6 @@ class ScaleConfig(DeltaConfig):
 
     default_modules: ClassVar[tuple[str, ...]] = ("attn.k", "ff.w2")
     attribute: ClassVar[str] = "scale"
-    insertion: ClassVar[str] = "sequential"
 
     def build(self, site: Site) -> ScaleLayer:
         return ScaleLayer(site.out_dim(self.delta_type), self.start)
@@ -356,7 +357,7 @@ def test_a_type_of_another_package(name: str, scale: str, tmp_path: Path) -> Non
 def test_an_unknown_type_is_named_on_loading(scale: str, tmp_path: Path) -> None:
     attach(BERT.build(), scale).save_finetuned(tmp_path)
     del registry._types[scale]
-    with pytest.raises(CheckpointError, match=r"no delta_type 'scale'\..*Known: adapter, lora"):
+    with pytest.raises(CheckpointError, match=r"no delta_type 'scale'\..*Known: adalora, adapter, bitfit"):
         AutoDeltaModel.from_finetuned(tmp_path, BERT.build())
 
 

@@ -1,5 +1,6 @@
 """What the README tells users to write works."""
 
+import json
 import re
 from pathlib import Path
 
@@ -8,21 +9,25 @@ import torch
 from models import FAMILIES, logits
 
 from deltaexp import AutoDeltaConfig, AutoDeltaModel, HashCheck, registry
+from deltaexp.__main__ import main
 from deltaexp.lab import schema
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def block(section: str) -> str:
-    """Return the first Python code in a section."""
-    return re.findall(r"```python\n(.*?)```", README.split(f"## {section}\n")[1], re.DOTALL)[0]
+def block(section: str, language: str = "python", number: int = 0) -> str:
+    """Return code of a section, the first of a language if not another."""
+    return re.findall(rf"```{language}\n(.*?)```", README.split(f"## {section}\n")[1], re.DOTALL)[number]
 
 
 def test_the_library_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(block("The library"), {})
+    names: dict = {}
+    exec(block("The library"), names)
     assert "HashCheck.MATCH" in capsys.readouterr().out
+    exec(block("The library", number=1), names)
+    assert "logits: off by at most" in capsys.readouterr().out
 
 
 def test_the_delta_type_of_one_file_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,6 +52,19 @@ def test_the_delta_type_of_one_file_works(tmp_path: Path, monkeypatch: pytest.Mo
     assert torch.equal(logits(fresh, family.inputs()), changed)
 
 
+def test_the_delta_type_of_one_file_and_one_yaml_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_types", dict(registry._types))
+    exec(block("Add your own"), {"__name__": "their_package"})
+    (tmp_path / "conf" / "delta_type").mkdir(parents=True)
+    (tmp_path / "conf" / "delta_type" / "scale.yaml").write_text(block("Add your own", "yaml"))
+    rows = ["task.train_rows=32", "task.validation_rows=8", "task.test_rows=8", "trainer=smoke", "trainer.progress=false"]
+    monkeypatch.chdir(tmp_path)
+    assert main(["--config-dir", str(tmp_path / "conf"), "delta_type=scale", *rows, "hydra.run.dir=out"]) == 0
+    results = json.loads((tmp_path / "out" / "delta" / "results.json").read_text())
+    assert results["config"]["modified_modules"] == ["attn.v", "ff.w1"]
+    assert results["verification"]["hash"] == "match"
+
+
 def test_every_delta_type_has_its_row() -> None:
     for name in registry.known():
         assert f"| `{name}` |" in README
@@ -61,9 +79,10 @@ def test_every_module_is_in_the_layout() -> None:
 def test_the_commands_compose() -> None:
     for line in re.findall(r"python -m deltaexp ([^`\n]*)", README):
         words = [word.strip("'") for word in line.split("|")[0].split() if "=" in word]
-        if "lora_rank=4" in words or "push" in line.split():
+        if "lora_rank=4" in words or {"push", "compare"} & set(line.split()):
             continue
         if "-m" in line.split():
+            words = [re.sub(r"^(trainer\.[a-z_]+=[^,]+),.*", r"\1", word) for word in words]  # one of several rates will do
             assert schema.check_sweep(words) > 1
         else:
             schema.composed(words)

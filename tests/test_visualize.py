@@ -84,3 +84,21 @@ def test_it_changes_nothing() -> None:
     before = [(name, type(module)) for name, module in backbone.named_modules()]
     drawn(backbone)
     assert [(name, type(module)) for name, module in backbone.named_modules()] == before
+
+
+def test_html_and_svg_show_the_same_in_colours() -> None:
+    backbone = FAMILIES["bert"].build()
+    attach(backbone)
+    view = Visualization(backbone)
+    lines = [line.strip(" │├└─") for line in drawn(backbone).splitlines() if "lora_A" in line]
+    html, svg = view.to_html(), view.to_svg(title="mine")
+    assert view._repr_html_() == html
+    assert html.startswith("<pre")
+    assert "color: #ff8700" in html  # OpenDelta's orange
+    assert "<svg" in svg
+    assert "mine" in svg
+    for line in lines:
+        assert line in html
+        assert line.replace(" ", "&#160;") in svg
+    assert html.count("BertLayer") == 1
+    assert view.to_html(fold=False).count("BertLayer") == 2

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import slow_but
 from safetensors.torch import load_file
 from small import read_results
 from transformers import AutoModelForSequenceClassification, T5ForConditionalGeneration
@@ -31,7 +32,10 @@ def reviews(bert: Path, data: Path) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("delta_type", registry.known())
+QUICK = ("lora", "adapter", "adalora", "bitfit", "none")
+
+
+@pytest.mark.parametrize("delta_type", slow_but(registry.known(), QUICK))
 def test_a_run_leaves_a_verified_delta(delta_type: str, tmp_path: Path) -> None:
     outcome = go(tmp_path, f"delta_type={delta_type}", *DATES)
     assert outcome.folder == tmp_path / "delta"
@@ -46,7 +50,7 @@ def test_a_run_leaves_a_verified_delta(delta_type: str, tmp_path: Path) -> None:
     assert set(results["metrics"]["before"]) == {"loss", "exact_match"}
     assert results["seeds"] == {"init": 42, "data": 42, "dropout": 42}
     assert {"train", "evaluate before", "evaluate after", "save", "verify", "total"} <= set(results["seconds"])
-    assert results["parameters"]["trainable"] == results["parameters"]["delta"]
+    assert results["parameters"]["trainable"] <= results["parameters"]["delta"]  # which has fixed tensors in some types
     assert results["digests"]["delta_model.safetensors"] == file_sha256(outcome.folder / "delta_model.safetensors")
     assert len(results["data_fingerprint"]) == 64
     assert results["peak_memory_bytes"]["process"] > 1e8
@@ -60,7 +64,7 @@ def test_a_run_leaves_a_verified_delta(delta_type: str, tmp_path: Path) -> None:
     assert str(tmp_path) not in card
 
 
-@pytest.mark.parametrize("delta_type", registry.known())
+@pytest.mark.parametrize("delta_type", slow_but(["lora", "adalora", "vera", "prefix", "peft", "full"], ("lora", "adalora")))
 def test_the_same_run_twice_gives_the_same_bytes(delta_type: str, tmp_path: Path) -> None:
     first, second = (go(tmp_path / name, f"delta_type={delta_type}", *DATES).folder for name in "ab")
     other = go(tmp_path / "c", f"delta_type={delta_type}", *DATES, "seed=1").folder
