@@ -9,21 +9,15 @@ import os
 import sys
 from collections.abc import Sequence
 
-from deltaexp import __version__
+from deltaexp import __version__, commands
 from deltaexp.errors import ConfigError, DeltaExpError, unknown
 
-USAGE = """\
-usage: deltaexp [run] [key=value ...]            train, evaluate, verify and save a delta
-       deltaexp -m key=a,b [key=value ...]       sweep: one run for every combination
-       deltaexp push FOLDER ORG/NAME             push a saved delta to the Hugging Face Hub
-       deltaexp compare FOLDER [best=true]       the runs below a folder side by side, or the best of each delta type
-       deltaexp structure backbone=...           show the names that modified_modules may use on a backbone
-       deltaexp --cfg job [key=value ...]        show the composed config, and run nothing
-       deltaexp --help [delta_type=...]          this text, with the keys of that delta type
-
-(`python -m deltaexp` is the same as `deltaexp`.)
-"""
-COMMANDS = ("run", "push", "structure", "compare")
+RUN = {
+    "[run] [key=value ...]": "train, evaluate, verify and save a delta",
+    "-m key=a,b [key=value ...]": "sweep: one run for every combination",
+    "--cfg job [key=value ...]": "show the composed config, and run nothing",
+    "--help [delta_type=...]": "this text, with the keys of that delta type",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,15 +25,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         command = words.pop(0) if words and "=" not in words[0] and words[0][:1] not in ("-", "+", "~") else "run"
-        if command not in COMMANDS:
-            raise ConfigError(unknown("command", command, COMMANDS) + " An override looks like key=value.")
+        known = ["run", *commands.names()]
+        if command not in known:
+            raise ConfigError(unknown("command", command, known) + " An override looks like key=value.")
         if any(word in ("--help", "-h") for word in words):
             print(_help(words))
             return 0
         if "--version" in words:
             print(f"deltaexp {__version__}")
             return 0
-        return {"push": _push, "structure": _structure, "compare": _compare, "run": _run}[command](words)
+        return _run(words) if command == "run" else commands.load(command).main(words)
     except ConfigError as error:
         print(f"deltaexp: {error}", file=sys.stderr)
         return 2
@@ -101,48 +96,13 @@ def _run(words: list[str]) -> int:
     return 0
 
 
-def _push(words: list[str]) -> int:
-    """Push the folder of a delta: ``push FOLDER ORG/NAME [private=true] [revision=BRANCH]``."""
-    options = dict(word.split("=", 1) for word in words if "=" in word)
-    places = [word for word in words if "=" not in word]
-    wrong = [key for key in options if key not in ("private", "revision")]
-    if wrong:
-        raise ConfigError(unknown("option of push", wrong[0], ("private", "revision")))
-    if options.get("private", "true") not in ("true", "false"):
-        raise ConfigError(f"private is {options['private']!r}; it must be true or false.")
-    if len(places) != 2:
-        raise ConfigError("push needs the folder of a delta and a repository: deltaexp push outputs/.../delta DeltaHub/name")
-    from deltaexp import hub
-
-    private = options["private"] == "true" if "private" in options else None
-    print(f"Pushed and verified: {hub.push(*places, private=private, revision=options.get('revision'))}")
-    return 0
-
-
-def _compare(words: list[str]) -> int:
-    """Compare the runs below a folder: ``compare FOLDER [best=true]``."""
-    places = [word for word in words if "=" not in word]
-    options = dict(word.split("=", 1) for word in words if "=" in word)
-    wrong = [key for key in options if key != "best"]
-    if wrong:
-        raise ConfigError(unknown("option of compare", wrong[0], ("best",)))
-    if len(places) != 1 or options.get("best", "true") not in ("true", "false"):
-        raise ConfigError("compare needs a folder of runs: deltaexp compare outputs/multirun/... [best=true]")
-    from deltaexp.lab import comparison
-
-    print(f"written to {comparison.show(places[0], options.get('best') == 'true')}")
-    return 0
-
-
-def _structure(words: list[str]) -> int:
-    """Show the common structure of a backbone: ``structure backbone=... [task=...]``."""
-    from deltaexp.lab import schema
-
-    run_config, _ = schema.composed(words)
-    from deltaexp.lab.inspecting import show
-
-    show(run_config)
-    return 0
+def _usage() -> str:
+    """Return a line for each thing that the command line can do."""
+    others = (commands.load(name).USAGE.split("    ", 1) for name in commands.names())
+    table = {**RUN, **{form: what.strip() for form, what in others}}
+    width = max(map(len, table))
+    lines = [f"{'usage:' if not n else '':6} deltaexp {form:<{width}}  {what}" for n, (form, what) in enumerate(table.items())]
+    return "\n".join([*lines, "", "(`python -m deltaexp` is the same as `deltaexp`.)", ""])
 
 
 def _help(words: list[str]) -> str:
@@ -152,7 +112,7 @@ def _help(words: list[str]) -> str:
     from deltaexp.lab import config as lab_config
     from deltaexp.lab import schema
 
-    lines = [USAGE]
+    lines = [_usage()]
     for group in schema.GROUPS:
         lines.append(f"{group}=")
         found = schema.choices(group)

@@ -1,0 +1,63 @@
+"""The commands beside ``run``: one module each, named as the command is, with its ``USAGE`` and ``main(words) -> exit code``.
+
+A module imports torch and what needs it inside of ``main``, after it has checked what was typed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterable, Sequence
+from types import ModuleType
+
+from deltaexp.errors import ConfigError, unknown
+
+
+def names() -> list[str]:
+    """Return the names of all commands."""
+    found = {module.name.rstrip("_") for module in pkgutil.iter_modules(__path__)}
+    # In the order in which a user comes to need them; what is new stands at the end.
+    order = ["verify", "push", "list", "export", "import", "compare", "structure"]
+    return [*(name for name in order if name in found), *sorted(found - set(order))]
+
+
+def load(name: str) -> ModuleType:
+    """Return the module of a command; one that is named after a word of Python's ends in an underscore."""
+    return importlib.import_module(f"{__name__}.{name}_" if name == "import" else f"{__name__}.{name}")
+
+
+def parted(words: Sequence[str], command: str, known: Iterable[str] = (), places: str = "") -> tuple[list[str], dict[str, str]]:
+    """Part what was typed into places and ``key=value`` options.
+
+    Args:
+        words: What was typed after the command.
+        command: The command's name.
+        known: The options it has.
+        places: What the words without ``=`` are, e.g. ``FOLDER ORG/NAME``: all of them must be there.
+
+    Raises:
+        ConfigError: If an option is unknown, or there are more or fewer places.
+    """
+    options = dict(word.split("=", 1) for word in words if "=" in word)
+    found = [word for word in words if "=" not in word]
+    known = list(known)
+    for key in options:
+        if key not in known:
+            raise ConfigError(unknown(f"option of {command}", key, known))
+    if len(found) != len(places.split()):
+        keys = "".join(f" [{key}=...]" for key in known)
+        raise ConfigError(
+            f"{command} takes {len(places.split())} words and {len(found)} were given; write: deltaexp {command} {places}{keys}"
+        )
+    return found, options
+
+
+def switch(options: dict[str, str], key: str) -> bool | None:
+    """Return an option that is true or false; None where it was not given.
+
+    Raises:
+        ConfigError: If it is neither.
+    """
+    if options.get(key, "true") not in ("true", "false"):
+        raise ConfigError(f"{key} is {options[key]!r}; it must be true or false.")
+    return options[key] == "true" if key in options else None

@@ -1,0 +1,16 @@
+"""``structure backbone=...``: the common structure of a backbone."""
+
+from __future__ import annotations
+
+USAGE = "structure backbone=...    show the names that modified_modules may use on a backbone"
+
+
+def main(words: list[str]) -> int:
+    """Print the names; every key of a run may be given."""
+    from deltaexp.lab import schema
+
+    run_config, _ = schema.composed(words)
+    from deltaexp.lab.inspecting import show
+
+    show(run_config)
+    return 0
