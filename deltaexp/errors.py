@@ -22,12 +22,40 @@ class CheckpointError(DeltaExpError):
     """A saved delta is incomplete, damaged, or does not fit the backbone it is loaded onto."""
 
 
+class MissingFileError(CheckpointError):
+    """A file that belongs to a saved delta is not there, or one is there that nobody recorded."""
+
+
 class DamagedFileError(CheckpointError):
     """The bytes of a saved file are not the bytes that were written."""
 
 
-class MissingTensorError(CheckpointError):
-    """The saved tensors are not exactly those that the delta's config describes."""
+class UnsafeFileError(CheckpointError):
+    """A file wants more than a delta may: code to run, a path outside of its folder, more memory than its tensors have."""
+
+
+class TensorError(CheckpointError):
+    """The saved tensors are not those that the delta's config describes on this backbone."""
+
+
+class MissingTensorError(TensorError):
+    """A tensor that the config describes was not saved."""
+
+
+class ExtraTensorError(TensorError):
+    """A tensor was saved that the config does not describe: a delta writes only what its config owns."""
+
+
+class EmptyTensorError(TensorError):
+    """A saved tensor has no elements."""
+
+
+class TensorShapeError(TensorError):
+    """A saved tensor has another shape than the config describes."""
+
+
+class TensorDtypeError(TensorError):
+    """A saved tensor has another dtype than it must have."""
 
 
 class HashMismatchError(CheckpointError):
@@ -38,8 +66,20 @@ class BackboneMismatchError(HashMismatchError):
     """The backbone is not the one that the delta was trained on."""
 
 
+class BackboneRevisionError(BackboneMismatchError):
+    """The backbone is another revision than the one that the delta was trained on."""
+
+
+class BackboneDtypeError(BackboneMismatchError):
+    """The backbone is held in another dtype than the one in which the delta was trained."""
+
+
 class DeltaMismatchError(HashMismatchError):
     """The delta's own tensors are not those that were trained."""
+
+
+class ProbeMismatchError(HashMismatchError):
+    """On the stored probe batch the model computes other logits than the trained model did."""
 
 
 class TaskError(DeltaExpError):
