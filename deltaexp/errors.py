@@ -86,6 +86,14 @@ class TaskError(DeltaExpError):
     """The data of a task cannot be loaded or do not have the expected form."""
 
 
+class RunError(DeltaExpError):
+    """A run cannot begin in the folder that it was given, or cannot be continued there."""
+
+
+class InterruptedRunError(RunError):
+    """A run stopped before it was done, for want of disk or memory; the message says what is kept and how to go on."""
+
+
 class HubError(DeltaExpError):
     """The Hugging Face Hub cannot be reached, or refuses what was asked of it."""
 

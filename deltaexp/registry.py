@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
+import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -75,6 +76,8 @@ class DeltaConfig:
     """Whether the patterns come in pairs: where a layer takes its input, and where it adds its output."""
     trains_nothing: ClassVar[bool] = False
     """Whether it is right that a delta of this type may have no parameters at all."""
+    builds_on_meta: ClassVar[bool] = True
+    """Whether `build` works on the meta device, where what a config asks for is compared with saved tensors for no memory."""
 
     def __post_init__(self) -> None:
         """Check the values; a type with keys of its own extends this.
@@ -127,6 +130,13 @@ class DeltaConfig:
 
     def after_step(self, layers: Sequence[Layer], step: int, total_steps: int) -> None:
         """Do what the type wants done after optimizer step number ``step`` (from 1), while the gradients are there."""
+
+    def training_state(self, layers: Sequence[Layer]) -> dict[str, torch.Tensor]:
+        """Return what the type keeps between steps beside the delta's own tensors; a checkpoint of the training holds it."""
+        return {}
+
+    def load_training_state(self, layers: Sequence[Layer], state: Mapping[str, torch.Tensor]) -> None:
+        """Take back what `training_state` returned, so that training goes on as if it had not been interrupted."""
 
     @property
     def saved_with(self) -> SavedWith:
@@ -274,7 +284,9 @@ def _converted(value: Any, expected: Any, key: str) -> Any:
     elif origin is dict and isinstance(value, Mapping):
         return {_converted(k, arguments[0], key): _converted(v, arguments[1], key) for k, v in value.items()}
     elif expected is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+        if abs(value) <= sys.float_info.max:  # neither infinite, nor nan, nor an int that no float holds
+            return float(value)
+        raise ConfigError(f"{key} is {value!r}, which is not a finite number.")
     elif isinstance(expected, type) and isinstance(value, expected) and not (expected is int and isinstance(value, bool)):
         return value
     raise ConfigError(f"{key} is {value!r}, which is not {_spelled(expected)}.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -98,6 +98,24 @@ class AdaloraConfig(DeltaConfig):
                 layer.note_importance(self.adalora_beta1, self.adalora_beta2)
         if step == last or (step > first and step % self.adalora_delta_t == 0):
             self._allot(layers, self.budget(len(layers), step, first, last), final=step == last)
+
+    def training_state(self, layers: Sequence[Any]) -> dict[str, torch.Tensor]:
+        """Return the running means of every layer, while there are any."""
+        return {
+            f"{number}.{name}.{part}": tensor
+            for number, layer in enumerate(layers)
+            for name, means in layer.importance.items()
+            for part, tensor in zip(("mean", "uncertainty"), means, strict=True)
+        }
+
+    def load_training_state(self, layers: Sequence[Any], state: Mapping[str, torch.Tensor]) -> None:
+        """Set the running means."""
+        for number, layer in enumerate(layers):
+            layer.importance = {
+                name: (state[f"{key}.mean"].to(parameter), state[f"{key}.uncertainty"].to(parameter))
+                for name, parameter in layer.named_parameters()
+                if f"{(key := f'{number}.{name}')}.mean" in state
+            }
 
     def budget(self, layers: int, step: int, first: int, last: int) -> int:
         """Return the number of ranks that all layers together may have after a step from ``first`` to ``last``."""

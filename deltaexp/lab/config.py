@@ -109,6 +109,12 @@ class TrainerConfig:
     """Put rows of similar length into a batch, which saves computing on padding where lengths vary."""
     log_every: int = 25
     """Steps between two entries of the training log."""
+    save_every: Optional[int] = None
+    """Steps between two checkpoints, from which `resume=true` goes on. Null goes by time: one a minute at most, or fewer where
+    writing them would take more than a fiftieth of the time, and one when training ends. 0 writes none. With early stopping
+    there is also one after every evaluation."""
+    keep_checkpoints: bool = False
+    """Keep the last checkpoint when the delta is complete."""
     cpu: bool = False
     """Stay on the CPU where there is a GPU."""
     progress: bool = True
@@ -145,6 +151,8 @@ class TrackerConfig:
 class RunConfig:
     """A whole run, apart from the keys of its delta type."""
 
+    resume: bool = False
+    """Continue the newest run of the same config that was interrupted; the result is the one of an uninterrupted run."""
     seed: int = 42
     """The seed that all seeds of `seeds` default to."""
     seeds: SeedsConfig = field(default_factory=SeedsConfig)
@@ -215,8 +223,9 @@ def check(run: RunConfig) -> None:
     for key in ("epochs", "learning_rate", "max_grad_norm"):
         if getattr(trainer, key) <= 0:
             raise ConfigError(f"trainer.{key} is {getattr(trainer, key)}; it must be greater than 0.")
-    if trainer.weight_decay < 0:
-        raise ConfigError(f"trainer.weight_decay is {trainer.weight_decay}; it must be at least 0.")
+    for key in ("weight_decay", "save_every"):
+        if (getattr(trainer, key) or 0) < 0:
+            raise ConfigError(f"trainer.{key} is {getattr(trainer, key)}; it must be at least 0.")
     if not 0 <= trainer.warmup_ratio < 1:
         raise ConfigError(f"trainer.warmup_ratio is {trainer.warmup_ratio}; it must be at least 0 and less than 1.")
     if run.task.kind == "classification" and len(run.task.labels) < 2:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,8 +21,9 @@ from rich.table import Table
 from deltaexp import __version__, checkpoint, hub
 from deltaexp.auto import AutoDeltaModel
 from deltaexp.card import plain_card
-from deltaexp.errors import CheckpointError, DeltaExpError, listing
-from deltaexp.lab import backbones, tracking, training
+from deltaexp.errors import DamagedFileError, DeltaExpError, RunError, listing
+from deltaexp.lab import backbones, checkpoints, recovery, tracking, training
+from deltaexp.lab.checkpoints import Checkpoints
 from deltaexp.lab.config import RunConfig
 from deltaexp.lab.memory import PeakMemory
 from deltaexp.lab.tasks import data as task_data
@@ -52,38 +54,65 @@ class Clock:
 
     console: Console
     seconds: dict[str, float] = field(default_factory=dict)
+    """The seconds of every phase that is over; those of a run that is continued are added to those before."""
+    running: dict[str, float] = field(default_factory=lambda: {"total": time.perf_counter()})
 
     @contextlib.contextmanager
     def phase(self, name: str, what: str) -> Iterator[None]:
         """Time what happens in this context, under ``name``."""
         self.console.print(f"[bold]{what}[/bold]")
-        start = time.perf_counter()
+        self.running[name] = time.perf_counter()
         yield
-        self.seconds[name] = round(time.perf_counter() - start, 3)
+        self.seconds = self.read(name)
+        del self.running[name]
+
+    def read(self, *names: str) -> dict[str, float]:
+        """Return the seconds until now, of all that is running or only of what is named."""
+        now = time.perf_counter()
+        running = {name: self.seconds.get(name, 0.0) + now - start for name, start in self.running.items()}
+        return {**self.seconds, **{name: round(s, 3) for name, s in running.items() if name in names or not names}}
 
 
-def run(config: RunConfig, delta_config: DeltaConfig, folder: str | Path, console: Console | None = None) -> Outcome:
-    """Train, evaluate, save, verify and, if asked, push one delta.
+def run(
+    config: RunConfig,
+    delta_config: DeltaConfig,
+    folder: str | Path,
+    console: Console | None = None,
+    again: str = "the same call, with resume set in its config",
+) -> Outcome:
+    """Train, evaluate, save, verify and, if asked, push one delta, or go on with that where ``config.resume`` says so.
 
     Args:
         config: The checked config of the run.
         delta_config: The checked config of the delta.
         folder: Where the run keeps what it makes; the delta goes to ``delta`` in it.
         console: Where to print; standard output where none is given.
+        again: The command that continues the run if it is interrupted.
 
     Raises:
         DeltaExpError: If a step fails; a delta that was saved before stays where it is.
     """
     folder = Path(folder).resolve()
-    target = folder / "delta"
-    if target.exists():
-        raise CheckpointError(f"{str(target)!r} exists already; a run does not write over an earlier one. Name another folder.")
     console = console or Console(highlight=False, soft_wrap=True)
-    clock, seeds, start = Clock(console), config.resolved_seeds(), time.perf_counter()
-    config_dict = {**dataclasses.asdict(config), **delta_config.to_dict()}
-    tracker = tracking.start(config.tracker, config_dict, folder)
+    config_dict = recovery.describe(config, delta_config)
+    with recovery.explained(folder, again), recovery.claim(folder, config_dict, config.resume) as claim:
+        run_it = _show if claim.finished else _train
+        return run_it(config, delta_config, claim, console)
+
+
+def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, console: Console) -> Outcome:
+    """Do the whole of a run, or what is left of it."""
+    folder, seeds, config_dict = claim.folder, config.resolved_seeds(), claim.record.config
+    target = folder / recovery.DELTA
+    saved = Checkpoints(folder / recovery.CHECKPOINTS, config.trainer.save_every)
+    checkpoint_folder, notes = _where_it_was(claim, saved, console)
+    clock = Clock(console, dict(notes.get("seconds", {})))
+    tracker = tracking.start(config.tracker, config_dict, folder, claim.record.tracker)
     failed = True
     try:
+        if tracker.id != claim.record.tracker:
+            claim.record.tracker = tracker.id
+            claim.record.write(folder)
         # 1. Seeds before anything is initialised; data and dropout get theirs in the Trainer.
         transformers.set_seed(seeds["init"])
 
@@ -109,6 +138,8 @@ def run(config: RunConfig, delta_config: DeltaConfig, folder: str | Path, consol
             data = task_data.load(config.task, progress=config.trainer.progress)
             kind = KINDS[config.task.kind](config.task, backbone.tokenizer)
             splits = kind.tokenised(data)
+        inputs = {"data": data.fingerprint, "revision of the backbone": getattr(backbone.model.config, "_commit_hash", None)}
+        _check_same(notes.get("inputs", {}), inputs)
         rows = {split: len(table) for split, table in splits.items()}
         console.print("  rows: " + listing(f"{split} {count:,}" for split, count in rows.items()))
         for split, count in data.truncated.items():
@@ -117,19 +148,29 @@ def run(config: RunConfig, delta_config: DeltaConfig, folder: str | Path, consol
                     f"  [yellow]{count:,} of {rows[split]:,} rows of {split} are longer than task.max_source_length="
                     f"{config.task.max_source_length} tokens and were cut[/yellow]"
                 )
-        trainer = training.build(config.trainer, delta_model, kind, splits, folder / "checkpoints", seeds, tracker.callbacks())
+        trainer = training.build(config.trainer, delta_model, kind, splits, saved, seeds, tracker.callbacks())
 
         # 5. The backbone as it is, 6. training, 7. the delta.
         final = splits[data.evaluated]
-        with clock.phase("evaluate before", f"evaluating the backbone as it is on {data.evaluated}"), delta_model.detached():
-            before = training.evaluate(trainer, final)
-        memory = PeakMemory()
+        if "before" in notes:
+            before = notes["before"]
+        else:
+            told = f"evaluating the backbone as it is on {data.evaluated}"
+            with clock.phase("evaluate before", told), delta_model.detached():
+                before = training.evaluate(trainer, final)
+        memory, peak = PeakMemory(), notes.get("peak", {})
+        trainer.notes = lambda: {
+            "before": before,
+            "seconds": clock.read(),
+            "peak": _larger(peak, memory.read()),
+            "inputs": inputs,
+        }
         with clock.phase("train", f"training for {trainer.args.max_steps:,} steps"):
             if counts["trainable"]:
-                trainer.train()
+                trainer.train_from(checkpoint_folder)
             else:
                 console.print("  nothing is trainable: the backbone is measured as it is")
-        peak = memory.read()
+        peak = _larger(peak, memory.read())
         with clock.phase("evaluate after", f"evaluating with the delta on {data.evaluated}"):
             after = training.evaluate(trainer, final)
         metrics = {"before": before, "after": after}
@@ -166,25 +207,105 @@ def run(config: RunConfig, delta_config: DeltaConfig, folder: str | Path, consol
             "verification": check,
             "backbone_hash": delta_model.config.saved_with.backbone_hash,
             "digests": manifest.files,
-            "seconds": {**clock.seconds, "total": round(time.perf_counter() - start, 3)},
+            "seconds": clock.read(),
+            "sessions": claim.record.sessions,
             "peak_memory_bytes": peak,
             "versions": _versions(),
         }
         card = _card(delta_model.config, backbone, results, config)
         checkpoint.add_files(stage, {checkpoint.RESULTS: checkpoint.dump(results), checkpoint.CARD: card})
         os.replace(stage, target)
+        _tidy(config, folder)
 
         # 10. Push if asked; the local delta is complete whatever the Hub says.
         tracker.summarise(results)
         _print_results(console, results, target, backbones.loading_code(backbone.model, backbone.source))
-        if config.hub.push and config.hub.repo_id:
-            with clock.phase("push", f"pushing to {config.hub.repo_id}"):
-                url = hub.push(target, config.hub.repo_id, private=config.hub.private, revision=config.hub.revision)
-            console.print(f"pushed, read back and verified: {url}")
+        _push(config, claim, clock)
         failed = False
         return Outcome(target, after[kind.metric], results)
     finally:
         tracker.finish(failed)
+
+
+def _where_it_was(claim: recovery.Claim, saved: Checkpoints, console: Console) -> tuple[Path | None, dict[str, Any]]:
+    """Return the checkpoint that a run goes on from, with the run's notes in it, and say so."""
+    if not claim.continued:
+        return None, {}
+    newest, faults = saved.newest()
+    for sentence in faults:
+        console.print(sentence, style="yellow", markup=False)
+    changed = claim.record.changed_versions()
+    if changed:
+        console.print(
+            f"Since this run began, versions have changed ({listing(changed)}): what it ends in may differ from what an "
+            "uninterrupted run would have ended in.",
+            style="yellow",
+            markup=False,
+        )
+    if newest is None:
+        console.print(f"beginning anew in {claim.folder}: the interrupted run there has no complete checkpoint", markup=False)
+        return None, {}
+    step = int(newest.name.removeprefix(checkpoints.PREFIX))
+    console.print(f"continuing the run in {claim.folder} after step {step:,}", markup=False)
+    return newest, checkpoints.read_values(newest)["notes"]
+
+
+def _check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Check that an interrupted run goes on with what it began with.
+
+    Raises:
+        RunError: If the data or the backbone are others by now.
+    """
+    for name, value in now.items():
+        if before.get(name, value) != value:
+            raise RunError(
+                f"The run cannot be continued: the {name} changed since it began, from {before[name]} to {value}. "
+                "Bring back what it began with, or begin anew without resume=true."
+            )
+
+
+def _larger(first: dict[str, int], second: dict[str, int]) -> dict[str, int]:
+    return {name: max(first.get(name, 0), second.get(name, 0)) for name in {**first, **second}}
+
+
+def _tidy(config: RunConfig, folder: Path) -> None:
+    """Delete the checkpoints of a run whose delta is complete, unless they are to be kept."""
+    if not config.trainer.keep_checkpoints:
+        shutil.rmtree(folder / recovery.CHECKPOINTS, ignore_errors=True)
+
+
+def _show(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, console: Console) -> Outcome:
+    """Return what a finished run had found, its files being checked, and push it if it is to be and has not been.
+
+    Raises:
+        DamagedFileError: If a file is not the one that was written.
+    """
+    target = claim.folder / recovery.DELTA
+    _tidy(config, claim.folder)
+    manifest = checkpoint.read_manifest(target)
+    if manifest is None:
+        raise DamagedFileError(f"The finished run's delta in {str(target)!r} has no manifest.json. {checkpoint.DAMAGED}")
+    checkpoint.check_files(target, manifest, tuple(manifest.files))
+    results = json.loads((target / checkpoint.RESULTS).read_text(encoding="utf-8"))
+    score = results["metrics"]["after"][results["task_metric"]]
+    console.print(
+        f"this run is done already, its files are those that it saved: {results['task_metric']} {score:.4f} on "
+        f"{results['evaluated_on']}\ndelta: {target}",
+        markup=False,
+    )
+    _push(config, claim, Clock(console))
+    return Outcome(target, score, results)
+
+
+def _push(config: RunConfig, claim: recovery.Claim, clock: Clock) -> None:
+    """Push the delta of a finished run if that is asked for and was not done before, and note where it is."""
+    if config.hub.push and config.hub.repo_id and not claim.record.pushed:
+        with clock.phase("push", f"pushing to {config.hub.repo_id}"):
+            target = claim.folder / recovery.DELTA
+            url = hub.push(target, config.hub.repo_id, private=config.hub.private, revision=config.hub.revision)
+        claim.record.pushed = url
+        claim.record.write(claim.folder)
+        clock.console.print(f"pushed, read back and verified: {url}")
 
 
 def _verify(config: RunConfig, backbone: backbones.Backbone, folder: Path, probe: Any, device: torch.device) -> dict[str, Any]:

@@ -14,6 +14,9 @@ from deltaexp.lab.config import TrackerConfig
 class Tracker:
     """Keeps nothing; the trackers that do are derived from it."""
 
+    id: str | None = None
+    """The tracker's name for the run, under which an interrupted one is continued."""
+
     def callbacks(self) -> list[TrainerCallback]:
         """Return the Trainer's callbacks that log while training."""
         return []
@@ -45,7 +48,7 @@ class _LogCallback(TrainerCallback):
 class WandbTracker(Tracker):
     """Weights & Biases: config, training curve and final results, never a token."""
 
-    def __init__(self, config: TrackerConfig, run_config: dict[str, Any], folder: Path) -> None:
+    def __init__(self, config: TrackerConfig, run_config: dict[str, Any], folder: Path, continued: str | None) -> None:
         try:
             import wandb
         except ImportError as error:
@@ -60,7 +63,10 @@ class WandbTracker(Tracker):
             name="-".join((run_config["delta_type"], run_config["backbone"]["name"], run_config["task"]["name"])),
             config=run_config,
             dir=str(folder),
+            id=continued,
+            resume="allow" if continued else None,
         )
+        self.id = self.run.id
 
     def callbacks(self) -> list[TrainerCallback]:
         """Return the callback that logs the training curve."""
@@ -79,6 +85,13 @@ class WandbTracker(Tracker):
         self.run.finish(exit_code=1 if failed else 0)
 
 
-def start(config: TrackerConfig, run_config: dict[str, Any], folder: Path) -> Tracker:
-    """Start the tracker that a config names."""
-    return WandbTracker(config, run_config, folder) if config.name == "wandb" else Tracker()
+def start(config: TrackerConfig, run_config: dict[str, Any], folder: Path, continued: str | None = None) -> Tracker:
+    """Start the tracker that a config names.
+
+    Args:
+        config: Which one.
+        run_config: The whole config of the run.
+        folder: The run's folder.
+        continued: The tracker's own name for a run that is continued.
+    """
+    return WandbTracker(config, run_config, folder, continued) if config.name == "wandb" else Tracker()

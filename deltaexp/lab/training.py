@@ -1,42 +1,107 @@
-"""Training and evaluating through transformers' Trainer; only what a delta owns is ever written to a checkpoint."""
+"""Training and evaluating through transformers' Trainer, whose own checkpoints are not used: see `deltaexp.lab.checkpoints`."""
 
 from __future__ import annotations
 
-import os
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
-from transformers import EarlyStoppingCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
-from transformers.trainer_callback import PrinterCallback
+from torch.utils.data import Sampler
+from transformers import EarlyStoppingCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback, TrainerState
+from transformers.trainer_callback import ExportableState, PrinterCallback
 
 from deltaexp.checkpoint import WEIGHTS
-from deltaexp.errors import listing
+from deltaexp.errors import DamagedFileError, listing
+from deltaexp.lab import checkpoints
+from deltaexp.lab.checkpoints import Checkpoints
 from deltaexp.lab.config import TrainerConfig
 from deltaexp.lab.tasks.kinds import Kind
 from deltaexp.model import DeltaModel
 
+TRAINER_STATE = "trainer_state.json"
+
 
 class DeltaTrainer(Seq2SeqTrainer):
-    """transformers' Trainer, whose checkpoints hold the delta instead of the whole model."""
+    """transformers' Trainer, whose checkpoints hold the delta instead of the whole model, and are complete or not there."""
 
-    def __init__(self, delta_model: DeltaModel, generates: bool, **options: Any) -> None:
+    def __init__(self, delta_model: DeltaModel, generates: bool, saved: Checkpoints, **options: Any) -> None:
         self.delta_model = delta_model
         self.generates = generates
+        self.checkpoints = saved
+        self.notes: Callable[[], dict[str, Any]] = dict
+        """What the run wants to find again in a checkpoint, for JSON."""
         super().__init__(model=delta_model.backbone_model, **options)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self.delta_model.delta_tensors().items()}
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    def train_from(self, checkpoint: Path | None) -> None:
+        """Train, from a checkpoint on where there is one; where training had ended, only its outcome is taken over."""
+        if checkpoint is None or not checkpoints.read_values(checkpoint)["ended"]:
+            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            return
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
+        if self.args.load_best_model_at_end:
+            self._load_best_model()
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.store_flos()
+        state = self.state
+        state.best_model_checkpoint = self._best()
+        for part in (*self.callback_handler.callbacks, self.control):
+            if isinstance(part, ExportableState):
+                state.stateful_callbacks[type(part).__name__] = part.state()
+        layers = [attachment.layer for attachment in self.delta_model.attachments]
+        # What the loss has added up to since the last entry of the log; Trainers of some versions keep it to themselves.
+        loss = [float(self._tr_loss), self._globalstep_last_logged] if hasattr(self, "_tr_loss") else None
+        values = {"notes": self.notes(), "ended": self.control.should_training_stop, "loss": loss}
+
+        def fill(folder: Path) -> None:
+            checkpoints.write_tensors(folder / WEIGHTS, self.delta_model.delta_tensors())
+            own = self.delta_model.config.training_state(layers)
+            checkpoints.write_state(folder, self.optimizer, self.lr_scheduler, own, values)
+            state.save_to_json(str(folder / TRAINER_STATE))
+
+        self.checkpoints.write(state.global_step, fill, best=state.best_global_step)
+
+    def _best(self) -> str | None:
+        step = self.state.best_global_step
+        return str(self.checkpoints.path(step)) if step else None
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        self.delta_model.load_tensors(load_file(folder / WEIGHTS), str(folder))
+        layers = [attachment.layer for attachment in self.delta_model.attachments]
+        self.delta_model.config.load_training_state(layers, checkpoints.read_delta_state(folder))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            checkpoints.load_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler)
+            loss = checkpoints.read_values(Path(checkpoint))["loss"]
+            if loss is not None:
+                self.add_callback(_LossCallback(self, *loss))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            checkpoints.load_random(Path(checkpoint))
 
     def _load_best_model(self) -> None:
-        folder = self.state.best_model_checkpoint
-        self.delta_model.load_tensors(load_file(os.path.join(folder, WEIGHTS)), folder)
+        best = self._best()
+        if best is None:
+            return
+        wrong = checkpoints.fault(Path(best))
+        if wrong is not None:
+            raise DamagedFileError(
+                f"The best checkpoint, {best!r}, to which early stopping goes back, cannot be used: {wrong}. Train anew, in "
+                "another folder."
+            )
+        self.delta_model.load_tensors(load_file(Path(best) / WEIGHTS), best)
+
+    def _get_train_sampler(self, *arguments: Any) -> Sampler | None:
+        sampler = super()._get_train_sampler(*arguments)
+        return None if sampler is None else EpochSampler(sampler, self.args.data_seed, lambda: int(self.state.epoch or 0))
 
     def create_optimizer(self, *arguments: Any) -> torch.optim.Optimizer:
         """Make the optimizer with the learning rates that the delta's type asks for (LoRA+ has two)."""
@@ -70,6 +135,56 @@ class DeltaTrainer(Seq2SeqTrainer):
         return super(Seq2SeqTrainer, self).prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
 
+class EpochSampler(Sampler):
+    """Another sampler, whose order in an epoch depends on the seed and the epoch's number only, not on what was before.
+
+    Args:
+        sampler: The sampler, which draws from its attribute ``generator``.
+        seed: The seed of the data.
+        epoch: Returns the number of the epoch, from 0.
+    """
+
+    def __init__(self, sampler: Any, seed: int, epoch: Callable[[], int]) -> None:
+        self.sampler, self.seed, self.epoch = sampler, seed, epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.sampler.generator = torch.Generator().manual_seed(self.seed + self.epoch())
+        return iter(self.sampler)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+
+class _LossCallback(TrainerCallback):
+    """Sets what the loss had added up to in a checkpoint, so that the next entry of the log is the mean that it would be."""
+
+    def __init__(self, trainer: DeltaTrainer, loss: float, since: int) -> None:
+        self.trainer, self.loss, self.since = trainer, loss, since
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        trainer: Any = self.trainer
+        trainer._tr_loss += self.loss
+        trainer._total_loss_scalar -= self.loss  # the mean in the end is this session's
+        trainer._globalstep_last_logged = self.since
+
+
+class CheckpointCallback(TrainerCallback):
+    """Has a checkpoint written when one is due."""
+
+    def __init__(self, saved: Checkpoints) -> None:
+        self.checkpoints = saved
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Find the best checkpoint again, in a folder that may have been moved since."""
+        if state.best_global_step:
+            state.best_model_checkpoint = str(self.checkpoints.path(state.best_global_step))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Ask for one; transformers asks for those after an evaluation and in the end."""
+        if self.checkpoints.due(state.global_step):
+            control.should_save = True
+
+
 class StepCallback(TrainerCallback):
     """Tells the delta's type of every optimizer step, while the gradients are there (AdaLoRA moves its budget then)."""
 
@@ -94,7 +209,7 @@ def build(
     delta_model: DeltaModel,
     kind: Kind,
     splits: Any,
-    folder: Path,
+    saved: Checkpoints,
     seeds: dict[str, int],
     callbacks: list,
 ) -> DeltaTrainer:
@@ -105,7 +220,7 @@ def build(
         delta_model: What to train, frozen as it should be.
         kind: How to pad and to measure.
         splits: The tokenised data.
-        folder: Where checkpoints go, if there are any.
+        saved: Where checkpoints go.
         seeds: The seeds of ``data`` and ``dropout``.
         callbacks: The tracker's callbacks.
     """
@@ -117,7 +232,7 @@ def build(
         steps = max(1, round(per_epoch * config.epochs))
     every = config.eval_every or (max(1, steps // 10) if stopping else None)
     arguments = Seq2SeqTrainingArguments(
-        output_dir=str(folder),
+        output_dir=str(saved.folder),
         max_steps=steps,
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.eval_batch_size,
@@ -132,10 +247,10 @@ def build(
         use_cpu=config.cpu,
         eval_strategy="steps" if every else "no",
         eval_steps=every,
-        save_strategy="steps" if stopping else "no",
-        save_steps=every or steps,
-        save_total_limit=1 if stopping else None,
-        save_only_model=True,
+        # With "steps" there is one in the end too; those between are `CheckpointCallback`'s, and rotating them `Checkpoints`'.
+        save_strategy="steps" if stopping or saved.every != 0 else "no",
+        save_steps=every if stopping else steps,
+        restore_callback_states_from_checkpoint=True,
         load_best_model_at_end=stopping is not None,
         metric_for_best_model=kind.metric if stopping else None,
         greater_is_better=True if stopping else None,
@@ -154,12 +269,13 @@ def build(
     trainer = DeltaTrainer(
         delta_model,
         kind.generates,
+        saved,
         args=arguments,
         train_dataset=splits["train"],
         eval_dataset=splits["validation"],
         data_collator=kind.collator(model),
         compute_metrics=lambda p: kind.metrics(p.predictions, p.label_ids),
-        callbacks=[StepCallback(delta_model), *extra, *callbacks],
+        callbacks=[StepCallback(delta_model), CheckpointCallback(saved), *extra, *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -116,13 +116,15 @@ def test_a_new_head_is_found_trained_saved_and_restored(tmp_path: Path, small_be
 def test_early_stopping_takes_the_best_checkpoint(tmp_path: Path, small_bert: Path, small_reviews: Path) -> None:
     outcome = go(
         tmp_path, *reviews(small_bert, small_reviews), "trainer.max_steps=60", "trainer.eval_every=5",
-        "trainer.early_stopping_patience=2", "trainer.learning_rate=0.02",
+        "trainer.early_stopping_patience=2", "trainer.learning_rate=0.02", "trainer.keep_checkpoints=true",
     )  # fmt: skip
     evaluated = [entry["eval_accuracy"] for entry in outcome.results["training_log"] if "eval_accuracy" in entry]
     assert outcome.results["steps"] < 60
     assert outcome.score == max(evaluated)
-    # A checkpoint holds the delta, not the backbone.
-    for weights in tmp_path.glob("checkpoints/*/*.safetensors"):
+    # A checkpoint holds the delta, not the backbone; the newest is kept, and the best that the run went back to.
+    kept = sorted(tmp_path.glob("checkpoints/*/delta_model.safetensors"))
+    assert len(kept) == 2
+    for weights in kept:
         assert set(load_file(weights)) == set(load_file(outcome.folder / "delta_model.safetensors"))
 
 

@@ -8,6 +8,7 @@ from small import bert, reviews
 
 from deltaexp import AutoDeltaConfig, AutoDeltaModel
 from deltaexp.lab import backbones, training
+from deltaexp.lab.checkpoints import Checkpoints
 from deltaexp.lab.config import BackboneConfig, TaskConfig, TrainerConfig
 from deltaexp.lab.tasks import data as task_data
 from deltaexp.lab.tasks.kinds import KINDS
@@ -26,7 +27,7 @@ def trainer_for(folder: Path, delta: dict, **trainer: object) -> tuple[training.
     splits = kind.tokenised(task_data.load(task, progress=False))
     settings = TrainerConfig(max_steps=4, batch_size=8, progress=False, cpu=True, lr_scheduler="constant", **trainer)
     seeds = {"init": 1, "data": 1, "dropout": 1}
-    return training.build(settings, delta_model, kind, splits, folder / "checkpoints", seeds, []), delta_model
+    return training.build(settings, delta_model, kind, splits, Checkpoints(folder / "checkpoints"), seeds, []), delta_model
 
 
 def test_learning_rates_of_lora_plus(tmp_path: Path) -> None:
