@@ -18,12 +18,19 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import regex
+
 from deltaexp.errors import AddressingError, ConfigError, listing, nearest
 
 REGEX = "[r]"
 """What a regular expression starts with."""
 ALL_LINEAR = "all-linear"
 """The pattern that means every linear map."""
+
+PATIENCE = 2.0
+"""Seconds that a regular expression may take for one name."""
+DIGITS = 5
+"""Digits that the number of a block may have."""
 
 CommonNames = Mapping[str, Sequence[str]]
 """For the name of a module, its names in the common structure (a fused projection has several)."""
@@ -33,15 +40,20 @@ def matches(pattern: str, name: str) -> bool:
     """Say whether ``pattern``, a suffix or a regular expression, means the module called ``name``.
 
     Raises:
-        AddressingError: If the regular expression is malformed.
+        AddressingError: If the regular expression is malformed, or would search for ever.
     """
     if not pattern.startswith(REGEX):
         return bool(pattern) and (name == pattern or name.endswith("." + pattern))
     try:
-        expression = re.compile(pattern[len(REGEX) :])
-    except re.error as error:
+        # A config may come from anybody, and some expressions take years: `regex` can be told to give up.
+        found = regex.search(pattern[len(REGEX) :], name, timeout=PATIENCE)
+    except (regex.error, RecursionError, OverflowError) as error:
         raise AddressingError(f"The pattern {pattern!r} is not a regular expression: {error}.") from error
-    found = expression.search(name)
+    except TimeoutError as error:
+        raise AddressingError(
+            f"The pattern {pattern[:60]!r} is still searching the name {name!r} after {PATIENCE:g} s. Write it without one "
+            "repetition inside of another."
+        ) from error
     return found is not None and found.end() == len(name) and (found.start() == 0 or name[found.start() - 1] == ".")
 
 
@@ -125,6 +137,8 @@ def layer_numbers(spec: Any, count: int | None = None) -> set[int]:
         elif end == "last":
             result |= set(range(max(0, last - int(number)), last))
         else:
+            if max(len(start), len(stop or "")) > DIGITS:
+                raise ConfigError(f"layers is {spec!r}, and no stack has a block of that number.")
             result |= set(range(int(start), int(stop or start) + 1))
     if not parts:
         raise ConfigError("layers is an empty list, so nothing would be modified. Leave it out to modify every block.")

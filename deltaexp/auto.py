@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from deltaexp import checkpoint, hub
-from deltaexp.interop import opendelta
+from deltaexp import hub, interop
 from deltaexp.model import DeltaModel, direct_class
 from deltaexp.registry import DeltaConfig
 
@@ -30,7 +29,7 @@ class AutoDeltaConfig:
     def from_finetuned(path_or_repo: str | Path, **hub_options: Any) -> DeltaConfig:
         """Read the config of a saved delta from a folder or a repository (see `DeltaModel.from_finetuned`)."""
         folder = hub.fetch(path_or_repo, **hub_options)
-        return opendelta.read_config(folder) if opendelta.recognised(folder) else checkpoint.read_config(folder)
+        return interop.read_config(folder)
 
 
 class AutoDeltaModel:
@@ -43,7 +42,11 @@ class AutoDeltaModel:
 
     @staticmethod
     def from_finetuned(
-        path_or_repo: str | Path, backbone_model: nn.Module, check_hash: bool = True, **hub_options: Any
+        path_or_repo: str | Path,
+        backbone_model: nn.Module,
+        check_hash: bool = True,
+        check_probe: bool = False,
+        **hub_options: Any,
     ) -> DeltaModel:
         """Load a saved delta onto its backbone (see `DeltaModel.from_finetuned`)."""
-        return DeltaModel.from_finetuned(path_or_repo, backbone_model, check_hash, **hub_options)
+        return DeltaModel.from_finetuned(path_or_repo, backbone_model, check_hash, check_probe, **hub_options)

@@ -1,22 +1,22 @@
 """A delta on disk: a folder that is written atomically, and read only after its bytes have been checked.
 
-==========================  ==========================================================================
+==========================  ================================================================================================
 ``config.json``             the flat config, with backbone class, name, revision and ``backbone_hash``
 ``delta_model.safetensors`` the trained tensors under their full names in the backbone
-``manifest.json``           sha256 of every other file, digest of every tensor of the base and the delta
+``manifest.json``           sha256 of every other file, digest of every tensor of the base and the delta (`deltaexp.manifest`)
 ``README.md``               the model card
 ``results.json``            what a run measured (written by `deltaexp.lab`)
-==========================  ==========================================================================
+``probe.safetensors``       a small batch and some of the trained model's logits on it, where one was given
+==========================  ================================================================================================
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,50 +26,26 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from deltaexp.checksum import TensorDigest, digests, file_sha256, model_md5
-from deltaexp.errors import CheckpointError, DamagedFileError, DeltaExpError, MissingTensorError, listing
+from deltaexp.errors import (
+    CheckpointError,
+    DamagedFileError,
+    DeltaExpError,
+    EmptyTensorError,
+    ExtraTensorError,
+    MissingFileError,
+    MissingTensorError,
+    listing,
+)
+from deltaexp.manifest import DAMAGED, MANIFEST, Manifest, check_files, dump, read_json, read_manifest
 from deltaexp.registry import DeltaConfig
 
-CONFIG, WEIGHTS, MANIFEST, CARD, RESULTS = (
+CONFIG, WEIGHTS, CARD, RESULTS, PROBE = (
     "config.json",
     "delta_model.safetensors",
-    "manifest.json",
     "README.md",
     "results.json",
+    "probe.safetensors",
 )
-FORMAT = 1
-"""Version of the layout of ``manifest.json``."""
-DAMAGED = (
-    "The file was changed or damaged after it was saved: copy the delta again, save it anew, or, if it came from the Hub, "
-    "load it with force_download=True."
-)
-
-
-@dataclass
-class Manifest:
-    """What was true of the model when the delta was saved."""
-
-    base: dict[str, TensorDigest]
-    """The backbone's tensors that the delta does not contain."""
-    delta: dict[str, TensorDigest]
-    """The tensors in ``delta_model.safetensors``."""
-    files: dict[str, str]
-    """sha256 of each other file in the folder."""
-
-    def to_json(self) -> str:
-        """Return the text of ``manifest.json``."""
-        tensors = {
-            part: {name: digest.to_dict() for name, digest in sorted(getattr(self, part).items())} for part in ("base", "delta")
-        }
-        return dump({"format": FORMAT, "files": dict(sorted(self.files.items())), **tensors})
-
-    @classmethod
-    def from_json(cls, text: str) -> Manifest:
-        """Read what `to_json` wrote."""
-        data = json.loads(text)
-        if data["format"] != FORMAT:
-            raise CheckpointError(f"manifest.json has format {data['format']!r}; this version of deltaexp reads {FORMAT}.")
-        parts = {part: {name: TensorDigest.from_dict(d) for name, d in data[part].items()} for part in ("base", "delta")}
-        return cls(files={str(name): str(value) for name, value in data["files"].items()}, **parts)
 
 
 @dataclass
@@ -83,17 +59,13 @@ class SavedDelta:
     """None where the folder has none, so that file digests and differences cannot be told."""
 
 
-def dump(data: Any) -> str:
-    """Return ``data`` as JSON as it stands in files: sorted, indented, the same text for the same data."""
-    return json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-
-
 def write(
     folder: str | Path,
     config: DeltaConfig,
     tensors: Mapping[str, torch.Tensor],
     base: Mapping[str, TensorDigest],
     card: str,
+    probe: Mapping[str, torch.Tensor] | None = None,
 ) -> Manifest:
     """Write a delta so that ``folder`` afterwards holds all of it, or what it held before.
 
@@ -103,12 +75,14 @@ def write(
         tensors: The trained tensors under their full names.
         base: Digests of the rest of the model.
         card: Text of the model card.
+        probe: What `deltaexp.probe.record` returned.
 
     Raises:
         CheckpointError: If the tensors are empty or the disk refuses; nothing that was there is lost.
     """
     if not tensors and not config.trains_nothing:
         raise CheckpointError("There is nothing to save: the delta has no parameters. Check modified_modules.")
+    check_not_empty(tensors, "The delta that is to be saved")
     # One buffer per tensor, in the plainest form: safetensors refuses views and writes what it gets.
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     delta = digests(plain)
@@ -119,12 +93,18 @@ def write(
         save_file(plain, stage / WEIGHTS, metadata={"format": "pt"})
         (stage / CONFIG).write_text(dump({**config.to_dict(), **record}), encoding="utf-8")
         (stage / CARD).write_text(card, encoding="utf-8")
+        if probe is not None:
+            save_file(dict(probe), stage / PROBE, metadata={"format": "pt"})
 
     return _write(Path(folder), fill, dict(base), delta)
 
 
 def add_files(folder: str | Path, texts: Mapping[str, str]) -> Manifest:
-    """Write more files into the folder of a delta, and their digests into its manifest."""
+    """Write more files into the folder of a delta, and their digests into its manifest.
+
+    Raises:
+        CheckpointError: If it is no delta, or the disk refuses; nothing that was there is lost.
+    """
     manifest = read_manifest(Path(folder))
     if manifest is None:
         raise CheckpointError(f"{str(folder)!r} holds no manifest.json, so it is no delta that files could be added to.")
@@ -136,8 +116,10 @@ def add_files(folder: str | Path, texts: Mapping[str, str]) -> Manifest:
     return _write(Path(folder), fill, manifest.base, manifest.delta, manifest.files)
 
 
-def _write(folder: Path, fill: Any, base: dict, delta: dict, known: Mapping[str, str] | None = None) -> Manifest:
-    """Let ``fill`` write into a folder beside the target, add the manifest, then move everything into place."""
+def _write(
+    folder: Path, fill: Callable[[Path], None], base: dict, delta: dict, known: Mapping[str, str] | None = None
+) -> Manifest:
+    """Let ``fill`` write into a folder beside the target, add the manifest, read back, then move everything into place."""
     stage = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -149,6 +131,9 @@ def _write(folder: Path, fill: Any, base: dict, delta: dict, known: Mapping[str,
         for path in stage.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+        check_files(stage, manifest, files)
+        if WEIGHTS in files and digests(_tensors(stage / WEIGHTS)) != delta:
+            raise CheckpointError(f"The tensors written to {str(stage)!r} are not those that were to be saved. Save again.")
         stage.chmod(0o755)  # mkdtemp's folders are private
         if not folder.exists():
             stage.rename(folder)
@@ -187,21 +172,6 @@ def _replace(stage: Path, folder: Path, names: list[str]) -> None:
         raise
 
 
-def read_manifest(folder: Path) -> Manifest | None:
-    """Read ``manifest.json``; None where there is none.
-
-    Raises:
-        DamagedFileError: If it cannot be understood.
-    """
-    path = folder / MANIFEST
-    if not path.exists():
-        return None
-    try:
-        return Manifest.from_json(path.read_text(encoding="utf-8"))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedFileError(f"{str(path)!r} is not a manifest that deltaexp wrote ({error!r}). {DAMAGED}") from error
-
-
 def read_config(folder: Path) -> DeltaConfig:
     """Read ``config.json``.
 
@@ -212,13 +182,10 @@ def read_config(folder: Path) -> DeltaConfig:
     if not folder.is_dir():
         raise CheckpointError(f"There is no folder {str(folder)!r} to load a delta from.")
     if not path.exists():
-        raise CheckpointError(f"{str(folder)!r} holds no {CONFIG}, so it is no saved delta.{_what_is_there(folder)}")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("not a JSON object")
-    except ValueError as error:
-        raise DamagedFileError(f"{str(path)!r} is not valid JSON: {error}. {DAMAGED}") from error
+        raise MissingFileError(f"{str(folder)!r} holds no {CONFIG}, so it is no saved delta.{_what_is_there(folder)}")
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise DamagedFileError(f"{str(path)!r} is not a JSON object, as the config of a delta is. {DAMAGED}")
     try:
         return DeltaConfig.from_dict(values)
     except DeltaExpError as error:
@@ -230,8 +197,9 @@ def read(folder: str | Path) -> SavedDelta:
 
     Raises:
         CheckpointError: If it is no delta.
+        MissingFileError: If a file is missing.
         DamagedFileError: If a file is not the one that was written.
-        MissingTensorError: If the tensors are not those that the manifest lists.
+        TensorError: If the tensors are not those that the manifest lists.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -239,42 +207,41 @@ def read(folder: str | Path) -> SavedDelta:
         check_files(folder, manifest, (CONFIG, WEIGHTS))
     path = folder / WEIGHTS
     if (folder / CONFIG).exists() and not path.exists():
-        raise CheckpointError(f"{str(folder)!r} holds no {WEIGHTS}.{_what_is_there(folder)}")
+        raise MissingFileError(f"{str(folder)!r} holds no {WEIGHTS}.{_what_is_there(folder)}")
     config = read_config(folder)
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-    except (SafetensorError, OSError) as error:
-        raise DamagedFileError(f"{str(path)!r} cannot be read as safetensors: {error}. {DAMAGED}") from error
+    tensors = _tensors(path)
     if manifest is not None:
         check_names(manifest.delta, tensors, f"{str(path)!r}", "its manifest lists")
+    check_not_empty(tensors, f"{str(path)!r}")
     return SavedDelta(folder, config, tensors, manifest)
 
 
-def check_files(folder: Path, manifest: Manifest, names: tuple[str, ...]) -> None:
-    """Compare the digests of the files called ``names`` with the manifest.
+def read_probe(saved: SavedDelta) -> dict[str, torch.Tensor] | None:
+    """Return what `deltaexp.probe.record` returned when the delta was saved; None where nothing was recorded.
 
     Raises:
-        DamagedFileError: If a file is missing, not listed, or has other bytes.
+        DamagedFileError: If the file is not the one that was written.
     """
-    for name in names:
-        recorded = manifest.files.get(name)
-        if recorded is None or not (folder / name).exists():
-            where = "manifest.json does not list it" if recorded is None else "it is missing from the folder"
-            raise DamagedFileError(f"The delta in {str(folder)!r} is not complete: it needs {name}, and {where}. {DAMAGED}")
-        found = file_sha256(folder / name)
-        if found != recorded:
-            raise DamagedFileError(
-                f"{str(folder / name)!r} is not the file that was saved: its sha256 is {found[:16]}..., and manifest.json "
-                f"recorded {recorded[:16]}.... {DAMAGED}"
-            )
+    if saved.manifest is None or PROBE not in saved.manifest.files:
+        return None
+    check_files(saved.folder, saved.manifest, (PROBE,))
+    return _tensors(saved.folder / PROBE)
+
+
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:  # a dtype torch lacks, ...
+        raise DamagedFileError(f"{str(path)!r} cannot be read as safetensors: {error}. {DAMAGED}") from error
 
 
 def check_names(expected: Mapping[str, Any], found: Mapping[str, Any], where: str, said_by: str) -> None:
     """Compare the names of tensors.
 
     Raises:
-        MissingTensorError: If one is missing or one too many.
+        MissingTensorError: If one is missing.
+        ExtraTensorError: If none is missing and one is too many.
     """
     missing = [name for name in expected if name not in found]
     extra = [name for name in found if name not in expected]
@@ -284,7 +251,17 @@ def check_names(expected: Mapping[str, Any], found: Mapping[str, Any], where: st
             parts.append(f"lacks {len(missing)} of the {len(expected)} tensors that {said_by}: {listing(missing, 4)}")
         if extra:
             parts.append(f"has {len(extra)} that none of them is: {listing(extra, 4)}")
-        raise MissingTensorError(f"{where} {' and '.join(parts)}. Nothing was loaded; fetch the delta again.")
+        kind = MissingTensorError if missing else ExtraTensorError
+        raise kind(f"{where} {' and '.join(parts)}. Nothing was loaded; fetch the delta again.")
+
+
+def check_not_empty(tensors: Mapping[str, torch.Tensor], where: str) -> None:
+    """Raise an `EmptyTensorError` if a tensor has no elements: it would stand for something that nobody trained."""
+    empty = [name for name, tensor in tensors.items() if not tensor.numel()]
+    if empty:
+        raise EmptyTensorError(
+            f"{where} has {len(empty)} tensors without elements: {listing(empty, 4)}. Train and save it anew."
+        )
 
 
 def _what_is_there(folder: Path) -> str:

@@ -15,14 +15,27 @@ import torch
 import transformers
 from torch import nn
 
-from deltaexp import __version__, addressing, checkpoint, hub, merging, registry, surgery, targets, verification
+from deltaexp import (
+    __version__,
+    checkpoint,
+    hub,
+    interop,
+    merging,
+    ownership,
+    planning,
+    registry,
+    surgery,
+    targets,
+    verification,
+)
+from deltaexp import probe as probes
 from deltaexp.card import plain_card
 from deltaexp.checksum import digests
-from deltaexp.errors import AddressingError, CheckpointError, ConfigError, DeltaExpError, listing
-from deltaexp.interop import opendelta
+from deltaexp.digest_cache import model_digests
+from deltaexp.errors import AddressingError, CheckpointError, ConfigError, DeltaExpError, TensorDtypeError, listing
 from deltaexp.ownership import Ownership, originals
 from deltaexp.registry import DeltaConfig, SavedWith
-from deltaexp.structure import backbone_modules, backbone_parameters, backbone_tensors
+from deltaexp.structure import backbone_parameters, backbone_tensors
 from deltaexp.surgery import Attachment, prepare
 from deltaexp.verification import HashCheck
 
@@ -61,11 +74,8 @@ class DeltaModel:
         """For every pattern of ``modified_modules``, the names of the modules that it means."""
         self.attachments: list[Attachment] = prepare(self.config, sites)
         self._ownership = Ownership(backbone_model)
-        self._in_place = {
-            ".".join(part for part in (site.name, name) if part) for site in sites for name in self.config.owned(site)
-        }
+        self._in_place = ownership.in_place(self.config, sites, backbone_model)
         """The backbone's own parameters that the type trains in place, under their first names."""
-        self._in_place = self._first_names(self._in_place)
         if not (self.attachments or self._in_place or config.trains_nothing):
             raise AddressingError(
                 f"The delta type {config.delta_type!r} finds nothing to modify in {listing(self.targets)}. "
@@ -159,7 +169,7 @@ class DeltaModel:
             self.config.unfrozen_modules = before
             raise
         deltas = "deltas" in self.config.unfrozen_modules
-        trained = self._unfrozen_names() | (self._in_place if deltas else set())
+        trained = ownership.unfrozen(self.config, self.backbone_model) | (self._in_place if deltas else set())
         others = set(originals(self.backbone_model)) - owned
         for name, parameter in backbone_parameters(self.backbone_model).items():
             if name not in others:
@@ -169,50 +179,20 @@ class DeltaModel:
 
     def _owned_names(self) -> set[str]:
         """Return the names of the backbone's parameters that the delta owns: its type's and ``unfrozen_modules``'."""
-        return self._unfrozen_names() | self._in_place
-
-    def _first_names(self, names: set[str]) -> set[str]:
-        """Return names of the backbone's parameters as they are saved: a tied one is known by its first name."""
-        first = {id(parameter): name for name, parameter in backbone_parameters(self.backbone_model).items()}
-        every = dict(self.backbone_model.named_parameters(remove_duplicate=False))
-        return {first[id(every[name])] for name in names}
-
-    def _unfrozen_names(self) -> set[str]:
-        """Return the names of the backbone's parameters that ``unfrozen_modules`` means."""
-        first = {id(parameter) for parameter in backbone_parameters(self.backbone_model).values()}
-        every = self.backbone_model.named_parameters(remove_duplicate=False)
-        own = [name for name, parameter in every if id(parameter) in first]
-        result = set()
-        for pattern in self.config.unfrozen_modules:
-            if pattern == "deltas":
-                continue
-            found = {name for name in own if addressing.covers(pattern, name)}
-            if not found:
-                addressing.resolve([pattern], [*own, *dict(backbone_modules(self.backbone_model))])
-                raise AddressingError(f"The pattern {pattern!r} in unfrozen_modules means no parameter.")
-            result |= found
-        return self._first_names(result)
+        return ownership.unfrozen(self.config, self.backbone_model) | self._in_place
 
     def base_tensors(self) -> dict[str, torch.Tensor]:
         """Return what the delta was put on: the backbone's parameters as they were without it, and its persistent buffers.
 
         What ``unfrozen_modules`` names is left out: a new head has no value that it had before.
         """
-        without, heads = originals(self.backbone_model), self._unfrozen_names()
+        without, heads = originals(self.backbone_model), ownership.unfrozen(self.config, self.backbone_model)
         tensors = backbone_tensors(self.backbone_model)
         return {name: without.get(name, value) for name, value in tensors.items() if name not in heads}
 
     def delta_tensors(self) -> dict[str, torch.Tensor]:
         """Return what is saved: the delta's layers and the parameters it owns, under their names in a checkpoint."""
-        result: dict[str, torch.Tensor] = {}
-        seen: set[int] = set()
-        for attachment in self.attachments:
-            layer, prefix = attachment.layer, attachment.saved_prefix
-            for name, tensor in (*layer.named_parameters(prefix=prefix), *layer.named_buffers(prefix=prefix)):
-                if id(tensor) not in seen:  # what layers share (a random projection) is saved once, under its first name
-                    seen.add(id(tensor))
-                    result[name] = tensor
-        return {**result, **self._ownership.values()}
+        return {**surgery.saved_tensors(self.attachments), **self._ownership.values()}
 
     def penalty(self) -> torch.Tensor | None:
         """Return what the delta's type adds to the loss while training; None where it adds nothing."""
@@ -234,7 +214,12 @@ class DeltaModel:
         }
 
     def save_finetuned(
-        self, save_directory: str | Path, *, card: str | None = None, backbone_name: str | None = None
+        self,
+        save_directory: str | Path,
+        *,
+        card: str | None = None,
+        backbone_name: str | None = None,
+        probe: Mapping[str, Any] | None = None,
     ) -> checkpoint.Manifest:
         """Save the delta: tensors, config, digests and a model card (see `deltaexp.checkpoint`).
 
@@ -242,6 +227,7 @@ class DeltaModel:
             save_directory: Where to; made if it does not exist.
             card: Text of the model card; a plain one is written where none is given.
             backbone_name: What to record as the backbone's name, if not the name it was loaded under.
+            probe: A batch for the backbone, by keywords, to save with the logits on it (see `from_finetuned`).
 
         Raises:
             CheckpointError: If the folder cannot be written; what it held before is kept.
@@ -256,7 +242,9 @@ class DeltaModel:
             )
         self.config.saved_with = self._record(backbone_name)
         text = plain_card(self.config) if card is None else card
-        return checkpoint.write(save_directory, self.config, self.delta_tensors(), digests(self.base_tensors()), text)
+        base = model_digests(self.backbone_model, self.base_tensors())
+        sample = None if probe is None else probes.record(self.backbone_model, probe)
+        return checkpoint.write(save_directory, self.config, self.delta_tensors(), base, text, sample)
 
     def _record(self, name: str | None) -> SavedWith:
         config = getattr(self.backbone_model, "config", None)
@@ -269,11 +257,17 @@ class DeltaModel:
             backbone_revision=getattr(config, "_commit_hash", None),
             deltaexp_version=__version__,
             transformers_version=transformers.__version__,
+            origin=self.config.saved_with.origin,
         )
 
     @classmethod
     def from_finetuned(
-        cls, path_or_repo: str | Path, backbone_model: nn.Module, check_hash: bool = True, **hub_options: Any
+        cls,
+        path_or_repo: str | Path,
+        backbone_model: nn.Module,
+        check_hash: bool = True,
+        check_probe: bool = False,
+        **hub_options: Any,
     ) -> DeltaModel:
         """Load a saved delta onto its backbone, checked, with everything else frozen.
 
@@ -281,35 +275,42 @@ class DeltaModel:
             path_or_repo: A folder, or a repository of the Hugging Face Hub such as ``"DeltaHub/sst2-t5-base"``.
             backbone_model: The backbone that the delta was trained on.
             check_hash: Compare the md5 of the model after loading with the one of the trained model.
+            check_probe: Compare the logits on the probe batch that was saved with the delta, too.
             **hub_options: For a repository: ``revision``, ``token``, ``cache_dir``, ``force_download``,
                 ``local_files_only``.
 
         Raises:
             CheckpointError: If it is no delta, is damaged or does not fit; the backbone is left as it was.
             BackboneMismatchError: If the backbone is not the one that the delta was trained on.
+            ProbeMismatchError: If the logits differ, or none were saved.
             HubError: If the repository cannot be fetched.
         """
         folder = hub.fetch(path_or_repo, **hub_options)
-        saved = opendelta.read(folder, backbone_model) if opendelta.recognised(folder) else checkpoint.read(folder)
+        saved = interop.read(folder, backbone_model)
         if cls.config_class is not None and not isinstance(saved.config, cls.config_class):
             raise CheckpointError(
                 f"{str(path_or_repo)!r} holds a delta of type {saved.config.delta_type!r}, and {cls.__name__} loads "
                 f"{cls.config_class.delta_type!r}. Use AutoDeltaModel.from_finetuned, which loads any type."
             )
+        revision = getattr(getattr(backbone_model, "config", None), "_commit_hash", None)
+        verification.check_saved(saved, everything=False)
         if check_hash:
             verification.check_class(saved, type(backbone_model).__name__)
-            verification.check_shapes(saved, backbone_tensors(backbone_model))
+            verification.check_shapes(saved, backbone_tensors(backbone_model), revision)
+        planning.check(saved.config, backbone_model, saved.tensors, str(saved.folder))
         was_trainable = {parameter: parameter.requires_grad for parameter in backbone_model.parameters()}
         delta_model = direct_class(type(saved.config))(backbone_model, saved.config)
         try:
             delta_model.load_tensors(saved.tensors, str(saved.folder))
             if check_hash:
-                delta_model.hash_check = verification.check_model(
-                    saved, digests(delta_model.base_tensors()), digests(delta_model.delta_tensors())
-                )
+                base = model_digests(backbone_model, delta_model.base_tensors())
+                delta = digests(delta_model.delta_tensors())
+                delta_model.hash_check = verification.check_model(saved, base, delta, revision)
             else:
                 delta_model.hash_check = verification.skipped(saved)
             delta_model.freeze_module()
+            if check_probe:
+                probes.compare(backbone_model, checkpoint.read_probe(saved) or {})
         except BaseException:
             delta_model.detach()
             for parameter, trainable in was_trainable.items():
@@ -331,23 +332,16 @@ class DeltaModel:
             raise CheckpointError(f"The delta in {where!r} cannot be loaded into one that is merged; call unmerge() first.")
         own, owned = self.delta_tensors(), self._ownership.values()
         checkpoint.check_names(own, tensors, f"The delta in {where!r}", "its config describes on this backbone")
-        wrong = [
-            f"{name} has shape {list(tensors[name].shape)} where {list(value.shape)} is needed"
-            for name, value in own.items()
-            if tensors[name].shape != value.shape
-        ]
-        wrong += [
-            f"{name} has dtype {tensors[name].dtype} and the backbone's is {value.dtype}"
-            for name, value in own.items()
-            if name in owned and tensors[name].dtype != value.dtype
-        ]
-        if wrong:
-            raise CheckpointError(
-                f"The delta in {where!r} does not fit this backbone: {listing(wrong, 3)}. Nothing was loaded; load it onto "
-                "the backbone it was trained on."
-            )
+        planning.check_shapes({name: tuple(value.shape) for name, value in own.items()}, tensors, where)
         for name, value in own.items():
-            # A layer takes the saved dtype, whatever the backbone's is.
+            found = tensors[name].dtype
+            # A layer takes the saved dtype, whatever the backbone's is; a parameter of the backbone has to fit.
+            if found != value.dtype if name in owned else found.is_floating_point != value.dtype.is_floating_point:
+                raise TensorDtypeError(
+                    f"The delta in {where!r} does not fit this backbone: {name} has dtype {found}, and {value.dtype} is "
+                    "needed. Nothing was loaded; load it onto the backbone it was trained on."
+                )
+        for name, value in own.items():
             value.data = tensors[name].to(value.device, copy=True)
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
+from deltaexp import addressing
 from deltaexp.errors import AddressingError, listing
-from deltaexp.structure import backbone_parameters
+from deltaexp.registry import DeltaConfig
+from deltaexp.structure import backbone_modules, backbone_parameters
+from deltaexp.targets import Site
 
 OWNED = "_deltaexp_owned"
 """Attribute of a backbone: what the parameters that its attached deltas own were without them. It is kept with the backbone,
@@ -91,3 +94,36 @@ def assign(parameters: Mapping[str, nn.Parameter], values: Mapping[str, torch.Te
     with torch.no_grad():
         for name, value in values.items():
             parameters[name].copy_(value)
+
+
+def in_place(config: DeltaConfig, sites: Iterable[Site], backbone: nn.Module) -> set[str]:
+    """Return the names of the backbone's own parameters that a delta's type trains in place."""
+    names = {".".join(part for part in (site.name, name) if part) for site in sites for name in config.owned(site)}
+    return first_names(names, backbone)
+
+
+def unfrozen(config: DeltaConfig, backbone: nn.Module) -> set[str]:
+    """Return the names of the backbone's own parameters that ``unfrozen_modules`` means.
+
+    Raises:
+        AddressingError: If a pattern means none.
+    """
+    first = {id(parameter) for parameter in backbone_parameters(backbone).values()}
+    own = [name for name, parameter in backbone.named_parameters(remove_duplicate=False) if id(parameter) in first]
+    result: set[str] = set()
+    for pattern in config.unfrozen_modules:
+        if pattern == "deltas":
+            continue
+        found = {name for name in own if addressing.covers(pattern, name)}
+        if not found:
+            addressing.resolve([pattern], [*own, *dict(backbone_modules(backbone))])
+            raise AddressingError(f"The pattern {pattern!r} in unfrozen_modules means no parameter.")
+        result |= found
+    return first_names(result, backbone)
+
+
+def first_names(names: set[str], backbone: nn.Module) -> set[str]:
+    """Return names of the backbone's parameters as they are saved: a tied one is known by its first name."""
+    first = {id(parameter): name for name, parameter in backbone_parameters(backbone).items()}
+    every = dict(backbone.named_parameters(remove_duplicate=False))
+    return {first[id(every[name])] for name in names}

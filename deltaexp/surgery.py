@@ -221,16 +221,21 @@ def _sort(hooks: Any, module: nn.Module) -> None:
             hooks.move_to_end(key)
 
 
-def prepare(config: DeltaConfig, sites: Sequence[Site]) -> list[Attachment]:
+def prepare(config: DeltaConfig, sites: Sequence[Site], on: torch.device | None = None) -> list[Attachment]:
     """Build the layers of a delta for its sites, without touching the backbone.
 
     A layer is initialised on the CPU, so that a seed gives the same values wherever the backbone lives, in float32
     or wider, so that small updates of a half-precision backbone's delta do not vanish in rounding.
+
+    Args:
+        config: What to build.
+        sites: Where it goes.
+        on: Where it is to live, if not where the backbone does; on the meta device nothing is allocated.
     """
     result = []
     for site in sites:
         like = next((p for p in site.module.parameters() if p.is_floating_point()), None)
-        device = like.device if like is not None else torch.device("cpu")
+        device = on or (like.device if like is not None else torch.device("cpu"))
         dtype = torch.promote_types(like.dtype, torch.float32) if like is not None else torch.float32
         with torch.device("meta" if device.type == "meta" else "cpu"):
             layer = config.build(site)
@@ -244,6 +249,19 @@ def prepare(config: DeltaConfig, sites: Sequence[Site]) -> list[Attachment]:
         after = site.after[1] if site.after else None
         taken_name = _free_attribute(site.module, name)
         result.append(Attachment(site.name, site.module, taken_name, name, layer, site.rows, after))
+    return result
+
+
+def saved_tensors(attachments: Sequence[Attachment]) -> dict[str, torch.Tensor]:
+    """Return what is saved of a delta's layers, under its names in a checkpoint; what layers share under its first name."""
+    result: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for attachment in attachments:
+        layer, prefix = attachment.layer, attachment.saved_prefix
+        for name, tensor in (*layer.named_parameters(prefix=prefix), *layer.named_buffers(prefix=prefix)):
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                result[name] = tensor
     return result
 
 

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import Enum
 
 import torch
 
 from deltaexp.addressing import covers
-from deltaexp.checkpoint import SavedDelta
-from deltaexp.checksum import Difference, TensorDigest, compare, model_md5
-from deltaexp.errors import BackboneMismatchError, DeltaMismatchError, HashMismatchError, listing
+from deltaexp.checkpoint import CONFIG, WEIGHTS, SavedDelta
+from deltaexp.checksum import Difference, TensorDigest, compare, digests, model_md5
+from deltaexp.errors import (
+    BackboneDtypeError,
+    BackboneMismatchError,
+    BackboneRevisionError,
+    CheckpointError,
+    DeltaMismatchError,
+    ExtraTensorError,
+    HashMismatchError,
+    MissingTensorError,
+    TensorDtypeError,
+    TensorShapeError,
+    listing,
+)
+from deltaexp.manifest import check_files
 
 
 class HashCheck(str, Enum):
@@ -30,6 +44,71 @@ class HashCheck(str, Enum):
 IGNORE = "Load with check_hash=False only if you mean to use it all the same."
 
 
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at and found right, or of which nothing can be said; what is wrong is raised."""
+
+    what: str
+    known: bool
+    """False where nothing was recorded that could be compared."""
+    detail: str
+
+
+def check_saved(saved: SavedDelta, everything: bool = True) -> list[Check]:
+    """Check what can be checked without the backbone: files, tensors, and that the recorded hash is that of what is recorded.
+
+    Args:
+        saved: The delta as `deltaexp.checkpoint.read` returned it.
+        everything: Compare every file that was saved; False: those only that loading needs.
+
+    Raises:
+        MissingFileError: If a file is missing.
+        DamagedFileError: If a file has other bytes than were written.
+        TensorError: If the tensors are not those of the manifest: by name, shape or dtype.
+        DeltaMismatchError: If a tensor has other values.
+        HashMismatchError: If the recorded hash is another than that of the recorded digests.
+    """
+    manifest, where = saved.manifest, repr(str(saved.folder))
+    recorded = saved.config.saved_with.backbone_hash
+    if manifest is None:
+        origin = saved.config.saved_with.origin
+        detail = f"{origin} records no digests" if origin else "there is no manifest.json to compare with"
+        return [Check("files", False, detail), Check("tensors", False, detail)]
+    names = sorted(manifest.files) if everything else [CONFIG, WEIGHTS]
+    check_files(saved.folder, manifest, names)
+    checks = [Check("files", True, f"{len(names)} files have the sha256 that was recorded")]
+    difference = compare(manifest.delta, digests(saved.tensors))
+    if difference:
+        raise _kind(difference)(
+            f"The tensors of the delta in {where} are not those that were trained: "
+            f"{_differing(difference, len(manifest.delta))}. Fetch the delta again."
+        )
+    elements = sum(tensor.numel() for tensor in saved.tensors.values())
+    checks.append(Check("tensors", True, f"{len(saved.tensors)} tensors, {elements:,} elements, as they were saved"))
+    if recorded is None:
+        checks.append(Check("recorded hash", False, "no hash of the trained model was recorded"))
+        return checks
+    found = model_md5({**manifest.base, **manifest.delta})
+    if found != recorded:
+        raise HashMismatchError(
+            f"The digests in the manifest of the delta in {where} have the md5 {found}, and config.json records {recorded} for "
+            "the trained model. One of the two was changed after it was saved; fetch the delta again."
+        )
+    checks.append(Check("recorded hash", True, f"md5 {recorded} is that of the recorded base and delta"))
+    return checks
+
+
+def _kind(difference: Difference) -> type[CheckpointError]:
+    """Return the class of the error for the first kind of difference that there is."""
+    kinds: list[tuple[list[str], type[CheckpointError]]] = [
+        (difference.missing, MissingTensorError),
+        (difference.extra, ExtraTensorError),
+        (difference.shape, TensorShapeError),
+        (difference.dtype, TensorDtypeError),
+    ]
+    return next((kind for names, kind in kinds if names), DeltaMismatchError)
+
+
 def check_class(saved: SavedDelta, backbone_class: str) -> None:
     """Compare the backbone's class with the one recorded.
 
@@ -44,7 +123,7 @@ def check_class(saved: SavedDelta, backbone_class: str) -> None:
         )
 
 
-def check_shapes(saved: SavedDelta, backbone: Mapping[str, torch.Tensor]) -> None:
+def check_shapes(saved: SavedDelta, backbone: Mapping[str, torch.Tensor], revision: str | None = None) -> None:
     """Compare names and shapes of the backbone's tensors with those recorded, before anything is attached.
 
     Raises:
@@ -62,51 +141,52 @@ def check_shapes(saved: SavedDelta, backbone: Mapping[str, torch.Tensor]) -> Non
     }
     difference = compare(recorded, found)
     if difference:
-        raise BackboneMismatchError(_backbone_sentence(saved, difference, len(recorded)))
+        raise _backbone_error(saved, difference, len(recorded), revision)
 
 
-def check_model(saved: SavedDelta, base: Mapping[str, TensorDigest], delta: Mapping[str, TensorDigest]) -> HashCheck:
+def check_model(
+    saved: SavedDelta, base: Mapping[str, TensorDigest], delta: Mapping[str, TensorDigest], revision: str | None = None
+) -> HashCheck:
     """Compare the md5 of the model after loading with the one recorded.
+
+    Args:
+        saved: The delta, checked by `check_saved`.
+        base: Digests of the backbone's tensors.
+        delta: Digests of the delta's.
+        revision: The commit from which the backbone was loaded, if it is known.
 
     Returns:
         MATCH, or UNKNOWN with a warning where no md5 was recorded.
 
     Raises:
-        BackboneMismatchError: If the backbone's tensors differ.
-        DeltaMismatchError: If the delta's tensors differ.
+        BackboneRevisionError: If the backbone's tensors differ, and it is another revision.
+        BackboneDtypeError: If they differ in nothing but the dtype.
+        BackboneMismatchError: If they differ otherwise.
         HashMismatchError: If the md5 differs and no manifest tells which side does.
     """
-    recorded = saved.config.saved_with.backbone_hash
-    if saved.config.saved_with.origin:
-        warnings.warn(
-            f"The delta in {str(saved.folder)!r} was saved by {saved.config.saved_with.origin}, whose hash covers the text "
-            "that its versions of torch and transformers print for a model. It cannot be compared with anything here: whether "
-            "this is the right backbone is unknown. Its tensors fit by name and shape.",
-            stacklevel=4,
-        )
-        return HashCheck.UNKNOWN
-    if recorded is None:
-        warnings.warn(
-            f"The delta in {str(saved.folder)!r} records no hash of the model it was trained in, so whether this is the "
-            "right backbone is unknown.",
-            stacklevel=4,
-        )
-        return HashCheck.UNKNOWN
+    record = saved.config.saved_with
     if saved.manifest is not None:
         difference = compare(saved.manifest.base, base)
         if difference:
-            raise BackboneMismatchError(_backbone_sentence(saved, difference, len(base)))
-        difference = compare(saved.manifest.delta, delta)
-        if difference:
-            raise DeltaMismatchError(
-                f"The backbone is the right one, but the tensors of the delta in {str(saved.folder)!r} are not those that "
-                f"were trained: {_differing(difference, len(delta))}. Fetch the delta again. {IGNORE}"
+            raise _backbone_error(saved, difference, len(base), revision)
+    if record.backbone_hash is None:
+        why = "records no hash of the model it was trained in, so"
+        if record.origin:
+            why = (
+                f"was saved by {record.origin}. OpenDelta's hash covers the text that its versions of torch and transformers "
+                "print for a model, and PEFT records none. It cannot be compared with anything here:"
             )
+        warnings.warn(
+            f"The delta in {str(saved.folder)!r} {why} whether this is the right backbone is unknown. Its tensors fit by name "
+            "and shape.",
+            stacklevel=4,
+        )
+        return HashCheck.UNKNOWN
     found = model_md5({**base, **delta})
-    if found != recorded:
+    if found != record.backbone_hash:
         raise HashMismatchError(
-            f"The model's md5 after loading the delta in {str(saved.folder)!r} is {found}, and {recorded} was recorded when "
-            f"it was saved. Backbone or delta is not the one that was trained{_named(saved)}. {IGNORE}"
+            f"The model's md5 after loading the delta in {str(saved.folder)!r} is {found}, and {record.backbone_hash} was "
+            f"recorded when it was saved. Backbone or delta is not the one that was trained{_named(saved)}. {IGNORE}"
         )
     return HashCheck.MATCH
 
@@ -126,15 +206,27 @@ def _named(saved: SavedDelta) -> str:
     return f" ({name})" if name else ""
 
 
-def _backbone_sentence(saved: SavedDelta, difference: Difference, total: int) -> str:
+def _backbone_error(
+    saved: SavedDelta, difference: Difference, total: int, revision: str | None = None
+) -> BackboneMismatchError:
+    """Return the error for a backbone that differs, which says in what and where the right one is."""
+    assert saved.manifest is not None
+    record = saved.config.saved_with
     start = f"The backbone is not the one that the delta in {str(saved.folder)!r} was trained on{_named(saved)}: "
-    if difference.dtype_only and saved.manifest is not None:
+    if revision and record.backbone_revision and revision != record.backbone_revision:
+        return BackboneRevisionError(
+            f"{start}it is revision {revision}, and then it was {record.backbone_revision}. {_differing(difference, total)}. "
+            f"Load the backbone with revision={record.backbone_revision!r}. {IGNORE}"
+        )
+    if difference.dtype_only:
         recorded = sorted({saved.manifest.base[name].dtype for name in difference.dtype})
-        return (
+        return BackboneDtypeError(
             f"{start}{len(difference.dtype)} of {total} tensors have another dtype than then ({listing(recorded)}), and "
             f"nothing else differs that can be compared. Load the backbone with dtype=torch.{recorded[0]}. {IGNORE}"
         )
-    return f"{start}{_differing(difference, total)}. Load it onto the backbone it was trained on. {IGNORE}"
+    return BackboneMismatchError(
+        f"{start}{_differing(difference, total)}. Load it onto the backbone it was trained on. {IGNORE}"
+    )
 
 
 def _differing(difference: Difference, total: int) -> str:

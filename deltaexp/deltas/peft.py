@@ -50,6 +50,7 @@ class PeftConfig(DeltaConfig):
     """The config as PEFT knows it: ``peft_type``, ``target_modules``, ``r`` and so on."""
 
     attribute: ClassVar[str] = "peft"
+    builds_on_meta: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check what can be checked without PEFT, which checks the rest when the delta is built.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,12 @@ import transformers
 from torch import nn
 from transformers.utils import logging
 
+from deltaexp.checkpoint import RESULTS
+from deltaexp.digest_cache import read_ahead
 from deltaexp.errors import ConfigError, DeltaExpError, listing
 from deltaexp.lab.config import BackboneConfig, TaskConfig
+from deltaexp.manifest import read_json, read_manifest
+from deltaexp.registry import DeltaConfig
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
@@ -68,6 +73,7 @@ def load(config: BackboneConfig, task: TaskConfig) -> Backbone:
     """
     place = location(config.source)
     options: dict[str, Any] = {"revision": config.revision} if config.revision else {}
+    options["trust_remote_code"] = config.trust_remote_code
     try:
         settings = transformers.AutoConfig.from_pretrained(place, **options)
         chosen = auto_class(settings, task, config.name)
@@ -76,19 +82,61 @@ def load(config: BackboneConfig, task: TaskConfig) -> Backbone:
             options |= {"id2label": names, "label2id": {label: number for number, label in names.items()}}
             options |= {"num_labels": len(task.labels)}
         tokenizer = _tokenizer(config, place)
-        with _without_report():
-            model, info = chosen.from_pretrained(place, dtype=getattr(torch, config.dtype), output_loading_info=True, **options)
+        dtype = getattr(torch, config.dtype)
+        with _without_report(), read_ahead(place, dtype):
+            model, info = chosen.from_pretrained(place, dtype=dtype, output_loading_info=True, **options)
     except (OSError, ValueError) as error:
-        first_line = (str(error).splitlines() or [""])[0]
-        raise DeltaExpError(
-            f"The backbone {config.name!r} could not be loaded from {config.source!r}: {first_line} "
-            "Without a network, name a folder (backbone=local backbone.source=FOLDER) or take backbone=tiny_t5."
-        ) from error
+        raise _not_loaded(config, error) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # decoders are trained without padding, batches need it
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return Backbone(model, tokenizer, config.source, new_patterns(model, info["missing_keys"]))
+
+
+def load_recorded(config: BackboneConfig, folder: Path, delta_config: DeltaConfig) -> nn.Module:
+    """Load a backbone as the class, and in the dtype, in which a saved delta was trained.
+
+    Args:
+        config: Where the backbone is.
+        folder: The folder of the delta.
+        delta_config: Its config.
+
+    Raises:
+        ConfigError: If transformers has no such class.
+        DeltaExpError: If it cannot be loaded.
+    """
+    name = delta_config.saved_with.backbone_class
+    chosen = getattr(transformers, name, None) if name else transformers.AutoModel
+    if not isinstance(chosen, type) or (name and not issubclass(chosen, transformers.PreTrainedModel)):
+        raise ConfigError(f"The delta was trained on a {name}, which is no model class of the installed transformers.")
+    options: dict[str, Any] = {"revision": config.revision} if config.revision else {}
+    manifest = read_manifest(folder)
+    dtypes = Counter(digest.dtype for digest in manifest.base.values()) if manifest else Counter[str]()
+    wide = [dtype for dtype, _ in dtypes.most_common() if isinstance(getattr(torch, dtype, None), torch.dtype)]
+    dtype = getattr(torch, next((dtype for dtype in wide if "float" in dtype), config.dtype))
+    results = folder / RESULTS
+    if results.is_file():
+        labels = (read_json(results).get("config") or {}).get("task", {}).get("labels")
+        options |= {"num_labels": len(labels)} if labels and name and name.endswith("ForSequenceClassification") else {}
+    place = location(config.source)
+    try:
+        with _without_report(), read_ahead(place, dtype):
+            return chosen.from_pretrained(place, dtype=dtype, trust_remote_code=config.trust_remote_code, **options)
+    except (OSError, ValueError) as error:
+        raise _not_loaded(config, error) from error
+
+
+def _not_loaded(config: BackboneConfig, error: Exception) -> DeltaExpError:
+    first_line = (str(error).splitlines() or [""])[0]
+    code = ""
+    if "trust_remote_code" in str(error):
+        first_line = "it comes with code of its own, which is run only where you ask for it."
+        code = " Read that code; if you trust it, add backbone.trust_remote_code=true."
+    return DeltaExpError(
+        f"The backbone {config.name!r} could not be loaded from {config.source!r}: {first_line}{code} "
+        "Without a network, name a folder (backbone=local backbone.source=FOLDER) or take backbone=tiny_t5."
+    )
 
 
 def loading_code(model: nn.Module, source: str, public: bool = False) -> str:
@@ -156,7 +204,9 @@ def _tokenizer(config: BackboneConfig, place: str) -> Any:
     if config.tokenizer == "byt5":
         return transformers.ByT5Tokenizer()
     options = {"revision": config.revision} if config.revision and config.tokenizer is None else {}
-    return transformers.AutoTokenizer.from_pretrained(config.tokenizer or place, **options)
+    return transformers.AutoTokenizer.from_pretrained(
+        config.tokenizer or place, trust_remote_code=config.trust_remote_code, **options
+    )
 
 
 @contextlib.contextmanager

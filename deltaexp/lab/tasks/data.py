@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from typing import Any
 import datasets
 from datasets import Dataset, DatasetDict
 
+from deltaexp.digest_cache import cache_dir
 from deltaexp.errors import TaskError, did_you_mean, listing, unknown
 from deltaexp.lab.config import TaskConfig
 from deltaexp.lab.tasks import dates
@@ -39,12 +39,6 @@ class TaskData:
     def evaluated(self) -> str:
         """The split of the final evaluation: test where the task has one, else validation."""
         return "test" if "test" in self.splits else "validation"
-
-
-def cache_dir() -> Path:
-    """Return where tokenised data are kept: ``DELTAEXP_CACHE``, or a folder in the user's cache."""
-    root = os.environ.get("DELTAEXP_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltaexp"
-    return Path(root)
 
 
 def load(task: TaskConfig, progress: bool = True) -> TaskData:

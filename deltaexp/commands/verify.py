@@ -1,0 +1,35 @@
+"""``verify DIR_OR_REPO``: everything that can be checked of a saved delta, with its backbone where one is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from deltaexp.commands import parted, switch
+from deltaexp.errors import ConfigError
+
+USAGE = "verify DIR_OR_REPO [backbone=...]    check files, digests and hash of a delta, with a backbone all of it [probe=true]"
+OWN = ("probe", "revision")
+
+
+def main(words: list[str]) -> int:
+    """Print what was checked; 0 if all is as it was saved, 1 if something is not or cannot be told."""
+    overrides = [word for word in words if "=" in word and word.split("=", 1)[0] not in OWN]
+    places, options = parted([word for word in words if word not in overrides], "verify", OWN, "DIR_OR_REPO")
+    probe = bool(switch(options, "probe"))
+    named = any(word.split("=", 1)[0].split(".")[0] == "backbone" for word in overrides)
+    config = None
+    if named:
+        from deltaexp.lab import schema
+
+        config, _ = schema.composed(overrides)
+    elif overrides:
+        raise ConfigError(
+            f"verify compares with a backbone where one is named, and {overrides[0]!r} names none: add backbone=..."
+        )
+    elif probe:
+        raise ConfigError("probe=true computes with the backbone, and none is named: add backbone=...")
+    if not Path(places[0]).exists() and (places[0].startswith((".", "/", "~")) or places[0].count("/") != 1):
+        raise ConfigError(f"There is no folder {places[0]!r}, and it is no name of a repository either, such as DeltaHub/name.")
+    from deltaexp.lab.verifying import verify
+
+    return verify(places[0], config, probe=probe, revision=options.get("revision"))

@@ -1,0 +1,156 @@
+"""Remembered digests are those that hashing everything gives, whatever was done to the model or its files."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedModel
+
+from deltaexp import AutoDeltaConfig, AutoDeltaModel, checksum, digest_cache
+from deltaexp.checksum import digests
+from deltaexp.digest_cache import model_digests, read_ahead
+from deltaexp.errors import BackboneMismatchError
+from deltaexp.structure import backbone_tensors
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint large enough for anything to be remembered of it."""
+    monkeypatch.setenv("DELTAEXP_CACHE", str(tmp_path / "cache"))
+    config = BertConfig(
+        vocab_size=3000, hidden_size=128, num_hidden_layers=1, num_attention_heads=2, intermediate_size=128, num_labels=3
+    )
+    torch.manual_seed(0)
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The shapes of the tensors of which a sha256 was computed."""
+    found: list[str] = []
+    real = checksum.tensor_digest
+
+    def counting(tensor: torch.Tensor) -> Any:
+        found.append(str(list(tensor.shape)))
+        return real(tensor)
+
+    monkeypatch.setattr(digest_cache, "tensor_digest", counting)
+    return found
+
+
+def checked(model: PreTrainedModel) -> None:
+    tensors = backbone_tensors(model)
+    assert model_digests(model, tensors) == digests(tensors)
+
+
+def test_the_second_time_nothing_is_hashed(folder: Path, hashed: list[str]) -> None:
+    checked(BertForSequenceClassification.from_pretrained(folder))
+    assert hashed
+    hashed.clear()
+    checked(BertForSequenceClassification.from_pretrained(folder))
+    assert not hashed
+    checked(BertModel.from_pretrained(folder))  # the same tensors under other names
+    assert not hashed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_another_dtype(folder: Path, dtype: torch.dtype, hashed: list[str]) -> None:
+    checked(BertForSequenceClassification.from_pretrained(folder))
+    hashed.clear()
+    checked(BertForSequenceClassification.from_pretrained(folder, dtype=dtype))
+    assert hashed
+
+
+def test_a_weight_changed_in_memory(folder: Path, hashed: list[str]) -> None:
+    checked(BertForSequenceClassification.from_pretrained(folder))
+    model = BertForSequenceClassification.from_pretrained(folder)
+    weight = model.bert.embeddings.word_embeddings.weight.data
+    weight[7, 7] = torch.nextafter(weight[7, 7], torch.tensor(9.0))
+    hashed.clear()
+    checked(model)
+    assert hashed == ["[3000, 128]"]
+    weight[7, 7] = -0.0
+    checked(model)
+    weight[7, 7] = 0.0  # equal as a number, and another value
+    hashed.clear()
+    checked(model)
+    assert hashed == ["[3000, 128]"]
+
+
+def test_a_file_that_was_written_to_is_another(folder: Path, hashed: list[str]) -> None:
+    checked(BertForSequenceClassification.from_pretrained(folder))
+    path = folder / "model.safetensors"
+    times = path.stat()
+    tensors = load_file(path)
+    tensors["bert.pooler.dense.bias"] = tensors["bert.pooler.dense.bias"] + 1
+    save_file(tensors, path, metadata={"format": "pt"})
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # as if nothing had happened
+    hashed.clear()
+    checked(BertForSequenceClassification.from_pretrained(folder))
+    assert len(hashed) > 10
+
+
+def test_shards(folder: Path, tmp_path: Path, hashed: list[str]) -> None:
+    BertForSequenceClassification.from_pretrained(folder).save_pretrained(tmp_path / "shards", max_shard_size="500KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    for _ in range(2):
+        hashed.clear()
+        checked(BertForSequenceClassification.from_pretrained(tmp_path / "shards"))
+    assert not hashed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_reading_ahead_while_a_model_is_loaded(folder: Path, dtype: torch.dtype, hashed: list[str]) -> None:
+    with read_ahead(folder, dtype):
+        model = BertForSequenceClassification.from_pretrained(folder, dtype=dtype)
+    assert hashed
+    hashed.clear()
+    checked(model)
+    assert not [shape for shape in hashed if len(json.loads(shape)) > 1]  # what was read ahead is known
+    with read_ahead(folder, dtype):
+        hashed.clear()
+    assert not hashed
+
+
+def test_reading_ahead_of_what_is_no_folder(tmp_path: Path) -> None:
+    for place in ("org/name", tmp_path, tmp_path / "nowhere"):
+        with read_ahead(place):
+            pass
+    (tmp_path / "model.safetensors").write_bytes(b"no safetensors")
+    with read_ahead(tmp_path):
+        pass
+
+
+def test_a_spoilt_record_is_none(folder: Path, tmp_path: Path, hashed: list[str]) -> None:
+    checked(BertForSequenceClassification.from_pretrained(folder))
+    (record,) = (tmp_path / "cache" / "digests").iterdir()
+    for text in ("", "[]", '{"x": 1}', '{"x": {"dtype": "float32"}}', "\0"):
+        record.write_text(text)
+        hashed.clear()
+        checked(BertForSequenceClassification.from_pretrained(folder))
+        assert hashed
+
+
+def test_a_folder_that_cannot_be_written_to(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("DELTAEXP_CACHE", str(tmp_path / "file" / "cache"))
+    checked(BertForSequenceClassification.from_pretrained(folder))
+
+
+def test_a_changed_backbone_is_refused_though_its_digests_are_remembered(folder: Path, tmp_path: Path) -> None:
+    model = BertForSequenceClassification.from_pretrained(folder)
+    delta_model = AutoDeltaModel.from_config(AutoDeltaConfig.from_dict({"delta_type": "lora"}), model)
+    delta_model.freeze_module()
+    delta_model.save_finetuned(tmp_path / "delta")
+    AutoDeltaModel.from_finetuned(tmp_path / "delta", BertForSequenceClassification.from_pretrained(folder))
+    other = BertForSequenceClassification.from_pretrained(folder)
+    other.bert.pooler.dense.bias.data[0] += 1
+    with pytest.raises(BackboneMismatchError, match=r"1 of \d+ tensors differ: bert\.pooler\.dense\.bias"):
+        AutoDeltaModel.from_finetuned(tmp_path / "delta", other)
