@@ -16,11 +16,11 @@ import transformers
 from torch import nn
 from transformers.utils import logging
 
-from deltaexp.checkpoint import RESULTS
+from deltaexp.addressing import covers
 from deltaexp.digest_cache import read_ahead
 from deltaexp.errors import ConfigError, DeltaExpError, listing
 from deltaexp.lab.config import BackboneConfig, TaskConfig
-from deltaexp.manifest import read_json, read_manifest
+from deltaexp.manifest import read_manifest
 from deltaexp.registry import DeltaConfig
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
@@ -115,10 +115,11 @@ def load_recorded(config: BackboneConfig, folder: Path, delta_config: DeltaConfi
     dtypes = Counter(digest.dtype for digest in manifest.base.values()) if manifest else Counter[str]()
     wide = [dtype for dtype, _ in dtypes.most_common() if isinstance(getattr(torch, dtype, None), torch.dtype)]
     dtype = getattr(torch, next((dtype for dtype in wide if "float" in dtype), config.dtype))
-    results = folder / RESULTS
-    if results.is_file():
-        labels = (read_json(results).get("config") or {}).get("task", {}).get("labels")
-        options |= {"num_labels": len(labels)} if labels and name and name.endswith("ForSequenceClassification") else {}
+    if name and name.endswith("Classification") and manifest:
+        # The head is the delta's own; how many labels it has is told by its last weight, of shape (labels, dim).
+        heads = [p for p in delta_config.unfrozen_modules if p != "deltas"]
+        last = [d.shape[0] for n, d in sorted(manifest.delta.items()) if len(d.shape) == 2 and any(covers(p, n) for p in heads)]
+        options |= {"num_labels": last[-1]} if last else {}
     place = location(config.source)
     try:
         with _without_report(), read_ahead(place, dtype):
