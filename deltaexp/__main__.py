@@ -6,11 +6,15 @@ Everything up to the start of a run works without torch, so that help and the er
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from deltaexp import __version__, commands
-from deltaexp.errors import ConfigError, DeltaExpError, unknown
+from deltaexp.errors import ConfigError, DeltaExpError, InterruptedRunError, unknown
+from deltaexp.redaction import redact
 
 RUN = {
     "[run] [key=value ...]": "train, evaluate, verify and save a delta",
@@ -36,13 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         return _run(words) if command == "run" else commands.load(command).main(words)
     except ConfigError as error:
-        print(f"deltaexp: {error}", file=sys.stderr)
+        print(f"deltaexp: {redact(str(error))}", file=sys.stderr)
         return 2
     except DeltaExpError as error:
-        print(f"deltaexp: {error}", file=sys.stderr)
+        print(f"deltaexp: {redact(str(error))}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("deltaexp: stopped by the keyboard.", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        # A run says how to continue it.
+        print(f"deltaexp: {redact(str(error)) or 'stopped by the keyboard.'}", file=sys.stderr)
         return 130
 
 
@@ -52,19 +57,22 @@ def _run(words: list[str]) -> int:
     from hydra.main import get_args_parser
     from omegaconf import DictConfig, OmegaConf
 
-    from deltaexp.lab import schema
+    from deltaexp.lab import recovery, schema
 
     options = get_args_parser().parse_args(words)
     search_path = [options.config_dir] if options.config_dir else []
+    if not OmegaConf.has_resolver("short_id"):
+        OmegaConf.register_new_resolver("short_id", lambda: os.urandom(3).hex(), use_cache=True)
     if not (options.hydra_help or options.info or options.shell_completion):
         if options.multirun:
             schema.check_sweep(options.overrides, search_path)
+            _check_resumed_sweep(schema.parse(options.overrides))
         else:
             if any(override.is_sweep_override() for override in schema.parse(options.overrides)):
                 raise ConfigError("Several values for one key are a sweep: add -m, e.g. deltaexp -m delta_type=lora,adapter.")
-            schema.composed(options.overrides, search_path)
-    if not OmegaConf.has_resolver("short_id"):
-        OmegaConf.register_new_resolver("short_id", lambda: os.urandom(3).hex(), use_cache=True)
+            composed = schema.composed(options.overrides, search_path)
+            if composed[0].resume and not options.cfg:
+                words = _resumed(words, options.overrides, composed, search_path)
 
     sweeps: set[str] = set()
 
@@ -79,7 +87,9 @@ def _run(words: list[str]) -> int:
         folder = hydra_config.runtime.output_dir
         from deltaexp.lab.run import run  # torch and transformers are imported here, not earlier
 
-        return run(run_config, delta_config, folder).score
+        place = [f"hydra.sweep.dir={_quoted(hydra_config.sweep.dir)}"] if options.multirun else []
+        again = " ".join(["python -m deltaexp", shlex.join(_with(words, options.overrides, [*place, "resume=true"]))])
+        return run(run_config, delta_config, folder, again=again).score
 
     schema.register_schemas(search_path)
     # Errors reach us as they are, instead of printed by Hydra with a hint at its own switches.
@@ -87,6 +97,11 @@ def _run(words: list[str]) -> int:
     previous, sys.argv = sys.argv, ["deltaexp", *schema.spelled_out(words)]
     try:
         hydra.main(config_path=str(schema.config_dir()), config_name="config", version_base="1.3")(job)()
+    except OSError as error:  # Hydra writes too, before a run begins
+        fault = recovery.disk_fault(error)
+        if fault is None:
+            raise
+        raise InterruptedRunError(f"The run could not begin: {fault}. Make room, or name another folder.") from error
     finally:
         sys.argv = previous
     if sweeps:
@@ -94,6 +109,50 @@ def _run(words: list[str]) -> int:
 
         print(f"written to {comparison.show(sweeps.pop())}")
     return 0
+
+
+def _resumed(words: list[str], overrides: list[str], composed: tuple[Any, Any], search_path: list[str]) -> list[str]:
+    """Return the words of a command with the folder of the run that it is to continue, and say which that is."""
+    from deltaexp.lab import recovery, schema
+
+    if any(override.key_or_group == "hydra.run.dir" for override in schema.parse(overrides)):
+        return words
+    parent = schema.run_folder(overrides, search_path).parent
+    folder, finished = recovery.find(parent, recovery.describe(*composed))
+    if folder is None:
+        print(f"There is no run of this config below {str(parent)!r} that could be continued: a new one begins.", flush=True)
+        return words
+    what = "is done already" if finished else "is continued"
+    print(f"The run in {str(folder)!r} {what}.", flush=True)
+    return _with(words, overrides, [f"hydra.run.dir={_quoted(str(folder))}"])
+
+
+def _check_resumed_sweep(overrides: Sequence[Any]) -> None:
+    """Check that a sweep which is to be continued says where it lies.
+
+    Raises:
+        ConfigError: If it does not; the message names the newest.
+    """
+    values = {override.key_or_group: override.value() for override in overrides}
+    if values.get("resume") is True and "hydra.sweep.dir" not in values:
+        folders = sorted(path for path in Path("outputs", "multirun").glob("*") if path.is_dir())
+        newest = f" The newest is hydra.sweep.dir={_quoted(str(folders[-1]))}." if folders else ""
+        raise ConfigError(f"To continue a sweep, name its folder: hydra.sweep.dir=FOLDER resume=true.{newest}")
+
+
+def _with(words: Sequence[str], overrides: Sequence[str], more: Sequence[str]) -> list[str]:
+    """Return a command's words with overrides more, or others, where the command has its first: they must stand together."""
+    keys = {override.split("=", 1)[0] for override in more}
+    kept = [word for word in words if word.split("=", 1)[0] not in keys]
+    place = next((number for number, word in enumerate(kept) if word in overrides), len(kept))
+    return [*kept[:place], *more, *kept[place:]]
+
+
+def _quoted(value: str) -> str:
+    """Return a value as Hydra's grammar wants it, in quotes where it has to be."""
+    plain = all(character.isalnum() or character in "/-_.:+%@" for character in value)
+    escaped = value.replace("\\'", "\\\\'").replace("'", "\\'")
+    return value if plain else f"'{escaped}'"
 
 
 def _usage() -> str:
@@ -122,7 +181,7 @@ def _help(words: list[str]) -> str:
     lines.append(f"\nkeys of delta_type={chosen} (default):")
     lines += [f"    {key}={value}" for key, value in schema.defaults_of(chosen).items() if key != "delta_type"]
     lines.append("\nkeys of a run (default; a task may set another):")
-    lines.append(f"    seed={lab_config.RunConfig().seed}")
+    lines += [f"    resume={str(lab_config.RunConfig().resume).lower()}", f"    seed={lab_config.RunConfig().seed}"]
     for name, section in lab_config.PARTS.items():
         for field in dataclasses.fields(type(section())):
             value = getattr(section(), field.name)

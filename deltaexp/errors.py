@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from deltaexp.redaction import redact
+
 
 class DeltaExpError(Exception):
     """Base of every error that deltaexp raises on purpose; the command line prints it without a traceback."""
@@ -95,7 +97,18 @@ class InterruptedRunError(RunError):
 
 
 class HubError(DeltaExpError):
-    """The Hugging Face Hub cannot be reached, or refuses what was asked of it."""
+    """The Hugging Face Hub cannot be reached, or refuses what was asked of it; secrets in what it says are left out."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redact(message))
+
+
+class HubConflictError(HubError):
+    """What was to be changed on the Hub has been changed by somebody else."""
+
+
+class CardError(DeltaExpError):
+    """The model card is not one that the Hugging Face Hub takes."""
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:

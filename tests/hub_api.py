@@ -73,6 +73,7 @@ def _info(hub: Hub, repo: Repo, commit: Commit, blobs: bool = False) -> dict[str
     tags = [*([library] if library else []), *(card.get("tags") or []), *(f"base_model:{base}" for base in bases)]
     tags += [f"base_model:{relation}:{base}" for base in bases if relation]
     tags += [f"license:{card['license']}"] if "license" in card else []
+    tags += [f"dataset:{name}" for name in card.get("datasets") or []] + list(card.get("language") or [])
     tags += ["safetensors"] if any(path.endswith(".safetensors") for path in commit.files) else []
     siblings: list[dict[str, Any]] = []
     for path, blob in sorted(commit.files.items()):
@@ -81,6 +82,7 @@ def _info(hub: Hub, repo: Repo, commit: Commit, blobs: bool = False) -> dict[str
     info: dict[str, Any] = {"id": repo.id, "modelId": repo.id, "_id": hashlib.md5(repo.id.encode()).hexdigest()[:24]}
     info |= {"author": repo.namespace, "sha": commit.oid, "createdAt": repo.created, "cardData": card}
     info |= {"tags": list(dict.fromkeys(tags)), "library_name": library, "pipeline_tag": card.get("pipeline_tag")}
+    info |= {"model-index": card["model-index"]} if "model-index" in card else {}
     info |= {"private": repo.private, "gated": False, "disabled": False, "downloads": 0, "likes": 0}
     return {**info, "lastModified": repo.resolve("main").date, "siblings": siblings}
 

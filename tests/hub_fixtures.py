@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 from hub_server import HubServer
 
+from deltaexp import hubclient
+
 TOKEN = "hf_ada_may_write"
 READ_TOKEN = "hf_ada_may_read"
 STRANGER_TOKEN = "hf_bob_may_write_elsewhere"
@@ -144,6 +146,7 @@ def hub_client(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)  # for the subprocesses of a test
     patch_client(monkeypatch, hub.endpoint, home)
+    monkeypatch.setattr(hubclient, "FIRST_WAIT", 0.01)  # the waiting itself is tested where it matters
     from huggingface_hub import close_session
 
     close_session()  # the shared connections of another test may know a proxy, or a server that is gone

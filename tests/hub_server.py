@@ -13,7 +13,7 @@ import socket
 import socketserver
 import threading
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -43,13 +43,15 @@ class Fault:
     skip: int
     status: int
     headers: dict[str, str]
+    effect: Callable[[], object] | None = None
+    body: str = "injected fault"
     hits: int = 0
 
 
 class Faults:
     """The faults that wait for a matching request."""
 
-    ACTIONS = ("status", "drop", "lose_answer", "cut", "corrupt")
+    ACTIONS = ("status", "drop", "hang", "lose_answer", "cut", "corrupt", "first")
 
     def __init__(self) -> None:
         self._faults: list[Fault] = []
@@ -65,11 +67,15 @@ class Faults:
         skip: int = 0,
         status: int = 500,
         headers: Mapping[str, str] | None = None,
+        effect: Callable[[], object] | None = None,
+        body: str = "injected fault",
     ) -> Fault:
         """Let the next `times` matching requests (None: all) fail, after `skip` that pass.
 
-        - "status" answers `status` with `headers`, and does no work;
+        - "status" answers `status` with `headers` and an error that says `body`, and does no work;
         - "drop" closes the connection in the middle of the request's body, and does no work;
+        - "hang" takes the request and never answers: the client has to give up;
+        - "first" calls `effect` before the work is done as always: something else happens in the meantime;
         - "lose_answer" does the work, then closes the connection without an answer;
         - "cut" closes the connection in the middle of the answer's body;
         - "corrupt" flips one bit of the answer's body, of which the length stays the same.
@@ -78,7 +84,7 @@ class Faults:
         """
         if action not in self.ACTIONS:
             raise ValueError(f"unknown action {action!r}, choose one of {', '.join(self.ACTIONS)}")
-        fault = Fault(action, method, re.compile(path_regex), times, skip, status, dict(headers or {}))
+        fault = Fault(action, method, re.compile(path_regex), times, skip, status, dict(headers or {}), effect, body)
         with self._lock:
             self._faults.append(fault)
         return fault
@@ -152,7 +158,9 @@ class HubServer(Hub):
         """Does the work; never raises."""
         try:
             if fault := self.faults.take(request.method, request.path, ["status"]):
-                return reply({"error": "injected fault"}, fault.status, fault.headers)
+                return reply({"error": fault.body}, fault.status, fault.headers)
+            if (fault := self.faults.take(request.method, request.path, ["first"])) and fault.effect:
+                fault.effect()
             if storage != request.path.startswith("/storage/"):
                 raise HubError(404, "not on this host")
             if storage and "Authorization" in request.headers:
@@ -226,6 +234,11 @@ class _Connection(BaseHTTPRequestHandler):
             hub.requests.append(log(0))
             return
         body = b"".join(self._chunks()) if self.headers.get("Transfer-Encoding") == "chunked" else self.rfile.read(length)
+        if hub.faults.take(self.command, self.path, ["hang"]):
+            hub.requests.append(log(0))
+            self.connection.settimeout(60)
+            self.connection.recv(1)  # until the client goes away, or the Hub is stopped
+            return
         carried = [value for name, value in self.headers.items() if name.lower() != "authorization" or self.server.storage]
         text = "\n".join([self.path, *carried, body.decode("latin-1")])
         if any(token in text for token in hub.users):

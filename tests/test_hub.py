@@ -10,8 +10,8 @@ from hub_fixtures import READ_TOKEN, STRANGER_TOKEN, HubClient
 from models import FAMILIES, attach, logits, snapshot
 
 import deltaexp
-from deltaexp import AutoDeltaConfig, AutoDeltaModel, HashCheck, checkpoint, hub
-from deltaexp.errors import CheckpointError, ConfigError, DamagedFileError, HubError
+from deltaexp import AutoDeltaConfig, AutoDeltaModel, HashCheck, checkpoint, hub, hubclient, publishing
+from deltaexp.errors import CheckpointError, ConfigError, DamagedFileError, HubError, MissingFileError
 
 BERT = FAMILIES["bert"]
 REPO = "DeltaHub/tiny-lora"
@@ -46,7 +46,7 @@ def refused_push(folder: Path, repo: str = REPO, **options: str) -> str:
     """Push, which must fail and leave the folder as it was, and return what is said."""
     before = content(folder)
     with pytest.raises(HubError) as caught:
-        hub.push(folder, repo, **options)
+        publishing.push(folder, repo, **options)
     assert content(folder) == before
     assert repo in str(caught.value)
     assert f"The delta is safe in {str(folder)!r}" in str(caught.value)
@@ -56,12 +56,12 @@ def refused_push(folder: Path, repo: str = REPO, **options: str) -> str:
 
 def test_push_and_load(hub_client: HubClient, folder: Path, original: dict[str, bytes]) -> None:
     before = content(folder)
-    url = hub.push(folder, REPO)
+    pushed = publishing.push(folder, REPO)
     assert content(folder) == before
     held = hub_client.hub.read(REPO)
     assert {name: data for name, data in held.items() if name != ".gitattributes"} == original
     commit = hub_client.api.list_repo_commits(REPO)[0]
-    assert url.endswith(commit.commit_id)
+    assert pushed == publishing.Pushed(f"{hub_client.hub.endpoint}/{REPO}/commit/{commit.commit_id}", commit.commit_id)
     assert commit.title == "Add a lora delta trained with deltaexp"
     # Every file was read back from the Hub, at that commit.
     fetched = [line.path for line in hub_client.hub.requests if line.method == "GET" and line.status == 200]
@@ -80,14 +80,14 @@ def test_push_and_load(hub_client: HubClient, folder: Path, original: dict[str, 
 
 
 def test_pushing_again_makes_no_mess(hub_client: HubClient, folder: Path, original: dict[str, bytes]) -> None:
-    hub.push(folder, REPO)
-    hub.push(folder, REPO, message="Once more")
+    publishing.push(folder, REPO)
+    publishing.push(folder, REPO, message="Once more")
     held = hub_client.hub.read(REPO)
     assert {name: data for name, data in held.items() if name != ".gitattributes"} == original
 
 
 def test_a_revision(hub_client: HubClient, folder: Path) -> None:
-    hub.push(folder, REPO, revision="seed-1", message="Seed 1")
+    publishing.push(folder, REPO, revision="seed-1", message="Seed 1")
     assert set(hub_client.hub.read(REPO)) == {".gitattributes"}
     assert WEIGHTS in hub_client.hub.read(REPO, "seed-1")
     assert hub_client.api.list_repo_commits(REPO, revision="seed-1")[0].title == "Seed 1"
@@ -99,7 +99,7 @@ def test_a_revision(hub_client: HubClient, folder: Path) -> None:
 
 
 def test_a_private_repository(hub_client: HubClient, folder: Path) -> None:
-    hub.push(folder, REPO, private=True)
+    publishing.push(folder, REPO, private=True)
     assert hub_client.api.model_info(REPO).private
     hub_client.logout()
     with pytest.raises(HubError, match="your token may not see it"):
@@ -121,10 +121,16 @@ def test_a_private_repository(hub_client: HubClient, folder: Path) -> None:
     ],
 )
 def test_other_bytes_on_reading_back(hub_client: HubClient, folder: Path, name: str, path: str) -> None:
-    fault = hub_client.hub.faults.add("corrupt", method="GET", path_regex=path)
+    publishing.push(folder, REPO)
+    hub_client.hub.repos.clear()
+    once = hub_client.hub.faults.add("corrupt", method="GET", path_regex=path)
+    publishing.push(folder, REPO)  # it was the way back that was bad: reading once more tells
+    assert once.hits == 1
+    hub_client.hub.repos.clear()
+    always = hub_client.hub.faults.add("corrupt", method="GET", path_regex=path, times=None)
     said = refused_push(folder)
-    assert fault.hits == 1
-    assert name in said
+    assert always.hits == 2
+    assert f"is not what was pushed: {name} in the commit" in said
 
 
 def test_no_answer_on_reading_back(hub_client: HubClient, folder: Path) -> None:
@@ -134,17 +140,23 @@ def test_no_answer_on_reading_back(hub_client: HubClient, folder: Path) -> None:
 
 
 def test_other_bytes_on_loading(hub_client: HubClient, folder: Path) -> None:
-    hub.push(folder, REPO)
+    publishing.push(folder, REPO)
     hub_client.hub.faults.add("corrupt", method="GET", path_regex="/storage/")
     backbone = BERT.build()
     before = snapshot(backbone)
-    with pytest.raises(DamagedFileError, match=WEIGHTS):
+    hub_client.hub.faults.add("corrupt", method="GET", path_regex="/storage/")
+    with (
+        pytest.warns(UserWarning, match=f"'{REPO}' in the cache is damaged, so the delta is downloaded again.*{WEIGHTS}"),
+        pytest.raises(DamagedFileError, match=WEIGHTS),
+    ):
         AutoDeltaModel.from_finetuned(REPO, backbone)
     assert snapshot(backbone) == before
-    # The damaged copy lies in the cache now, and can be replaced.
-    with pytest.raises(DamagedFileError):
-        AutoDeltaModel.from_finetuned(REPO, BERT.build())
-    assert AutoDeltaModel.from_finetuned(REPO, BERT.build(), force_download=True).hash_check is HashCheck.MATCH
+    # The damaged copy lies in the cache now. Offline it is refused; as soon as the Hub is asked, it is replaced.
+    with pytest.raises(DamagedFileError, match="force_download=True"):
+        AutoDeltaModel.from_finetuned(REPO, BERT.build(), local_files_only=True)
+    with pytest.warns(UserWarning, match="is damaged, so the delta is downloaded again"):
+        assert AutoDeltaModel.from_finetuned(REPO, BERT.build()).hash_check is HashCheck.MATCH
+    assert AutoDeltaModel.from_finetuned(REPO, BERT.build(), local_files_only=True).hash_check is HashCheck.MATCH
 
 
 # --- what the Hub refuses ---------------------------------------------------------------------------------------------
@@ -173,12 +185,12 @@ def test_a_token_that_is_none(hub_client: HubClient, folder: Path) -> None:
 def test_the_hub_fails_at_the_commit(hub_client: HubClient, folder: Path) -> None:
     fault = hub_client.hub.faults.add("status", method="POST", path_regex="/commit/", times=None, status=500)
     said = refused_push(folder)
-    assert fault.hits
+    assert fault.hits == hubclient.ATTEMPTS
     assert "the Hub answered with an error" in said
     assert "500" in said
     assert set(hub_client.hub.read(REPO)) == {".gitattributes"}
     hub_client.hub.faults.clear()
-    hub.push(folder, REPO)  # what was advised works
+    publishing.push(folder, REPO)  # what was advised works
     assert AutoDeltaModel.from_finetuned(REPO, BERT.build()).hash_check is HashCheck.MATCH
 
 
@@ -191,10 +203,14 @@ def test_the_hub_is_down(hub_client: HubClient, folder: Path) -> None:
 
 
 def test_what_was_fetched_once_loads_without_the_hub(hub_client: HubClient, folder: Path) -> None:
-    hub.push(folder, REPO)
+    publishing.push(folder, REPO)
     AutoDeltaModel.from_finetuned(REPO, BERT.build())
+    commit = hub_client.api.model_info(REPO).sha
     hub_client.hub.stop()
-    assert AutoDeltaModel.from_finetuned(REPO, BERT.build()).hash_check is HashCheck.MATCH
+    with pytest.warns(UserWarning, match=f"the one in the cache is used: {commit[:12]}.*It may be stale"):
+        assert AutoDeltaModel.from_finetuned(REPO, BERT.build()).hash_check is HashCheck.MATCH
+    # Who names a commit, or asks for no network, is told nothing: there is nothing to doubt.
+    assert AutoDeltaModel.from_finetuned(REPO, BERT.build(), revision=commit).hash_check is HashCheck.MATCH
     assert AutoDeltaModel.from_finetuned(REPO, BERT.build(), local_files_only=True).hash_check is HashCheck.MATCH
 
 
@@ -213,25 +229,25 @@ def test_a_damaged_delta_is_not_pushed(hub_client: HubClient, folder: Path, name
     (folder / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     if damage == "missing":
         (folder / name).unlink()
-    with pytest.raises(DamagedFileError, match=name):
-        hub.push(folder, REPO)
+    with pytest.raises((DamagedFileError, MissingFileError), match=name):
+        publishing.push(folder, REPO)
     assert hub_client.hub.requests == []
 
 
 def test_what_is_no_delta_is_not_pushed(hub_client: HubClient, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="empty"):
-        hub.push(tmp_path / "empty", REPO)
+        publishing.push(tmp_path / "empty", REPO)
     (folder / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match=r"no manifest\.json"):
-        hub.push(folder, REPO)
+        publishing.push(folder, REPO)
     assert hub_client.hub.requests == []
 
 
 @pytest.mark.parametrize("name", ["tiny-lora", "a/b/c", "", "a b/c"])
 def test_names_that_no_repository_has(hub_client: HubClient, folder: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="no name of a repository"):
-        hub.push(folder, name)
+        publishing.push(folder, name)
     if name:
         with pytest.raises(CheckpointError, match="no folder"):
             hub.fetch(name)

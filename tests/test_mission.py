@@ -8,8 +8,8 @@ import torch
 from transformers import T5ForConditionalGeneration
 
 from deltaexp import AutoDeltaConfig, AutoDeltaModel, HashCheck
-from deltaexp.hub import push
 from deltaexp.lab.backbones import location
+from deltaexp.publishing import push
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "shared" / "mission" / "autodelta.md"
 BLOCKS = [

@@ -85,6 +85,7 @@ def split(cfg: DictConfig) -> tuple[RunConfig, DeltaConfig]:
     run_keys = {f.name for f in dataclasses.fields(RunConfig)}
     run = {str(key): value for key, value in values.items() if key in run_keys}
     delta = {str(key): value for key, value in values.items() if key not in run_keys and key != "hydra"}
+    lab_config.check_secrets(delta)
     return lab_config.from_dict(run), DeltaConfig.from_dict(delta)
 
 
@@ -95,15 +96,23 @@ def composed(overrides: Sequence[str], search_path: Sequence[str] = ()) -> tuple
         ConfigError: If anything in it is not allowed.
     """
     register_schemas(search_path)
-    parsed = parse(overrides)
-    check_keys(parsed, search_path)
+    check_keys(parse(overrides), search_path)
+    return split(_compose(overrides, search_path))
+
+
+def run_folder(overrides: Sequence[str], search_path: Sequence[str] = ()) -> Path:
+    """Return the folder that a new run with these overrides would be given."""
+    cfg = _compose(overrides, search_path, return_hydra_config=True)
+    return Path(OmegaConf.to_container(cfg.hydra.run, resolve=True)["dir"])  # type: ignore[index,call-overload]
+
+
+def _compose(overrides: Sequence[str], search_path: Sequence[str], **options: bool) -> DictConfig:
     extra = [f"hydra.searchpath=[{','.join(f'file://{Path(p).resolve()}' for p in search_path)}]"] if search_path else []
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            cfg = compose("config", overrides=[*spelled_out(overrides), *extra])
+            return compose("config", overrides=[*spelled_out(overrides), *extra], **options)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_hydra_sentence(error)) from error
-    return split(cfg)
 
 
 def check_sweep(overrides: Sequence[str], search_path: Sequence[str] = ()) -> int:
@@ -135,7 +144,7 @@ def parse(overrides: Sequence[str]) -> list[Override]:
         ConfigError: If one is malformed.
     """
     parsed = []
-    for text in overrides:
+    for text in map(quoted, overrides):
         try:
             parsed += OverridesParser.create().parse_overrides([text])
         except HydraException as error:
@@ -203,7 +212,13 @@ def free_sections() -> set[str]:
 def spelled_out(words: Sequence[str]) -> list[str]:
     """Return command-line words in which overrides below a free section may add their key, as Hydra wants it said."""
     free = tuple(f"{section}{mark}" for section in free_sections() for mark in ".=")
-    return [f"++{word}" if word.startswith(free) and "=" in word else word for word in words]
+    return [f"++{word}" if word.startswith(free) and "=" in word else quoted(word) for word in words]
+
+
+def quoted(word: str) -> str:
+    """Return an override with quotes around a template of a repository's name, whose braces Hydra would take for a mapping."""
+    key, _, value = word.partition("=")
+    return f"{key}='{value}'" if key == "hub.repo_id" and "{" in value and value[:1] not in "'\"" else word
 
 
 def _elsewhere(name: str) -> str:
