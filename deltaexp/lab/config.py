@@ -11,7 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-from deltaexp.errors import ConfigError, unknown
+from deltaexp.card import LANGUAGE, LICENSES
+from deltaexp.errors import ConfigError, did_you_mean, unknown
+from deltaexp.hubclient import check_push, is_repo_id
+from deltaexp.lab import public
+from deltaexp.redaction import is_secret
 from deltaexp.registry import checked
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -47,6 +51,8 @@ class BackboneConfig:
     """Where the tokenizer comes from, if not from `source`; ``byt5`` is the byte-level one, which needs no files."""
     dtype: str = "float32"
     """Precision in which the weights are held."""
+    trust_remote_code: bool = False
+    """Run Python code that the checkpoint brings along; read that code first."""
 
 
 @dataclass
@@ -81,6 +87,10 @@ class TaskConfig:
     """Longest target in tokens, and longest generated answer."""
     data_seed: int = 0
     """Seed of generated data and of the choice of rows; the same for all seeds of a study."""
+    dataset: Optional[str] = None
+    """The dataset of the Hub that the model card names, where `data` is a copy of it; null takes `data` if it is one."""
+    language: Optional[str] = None
+    """The language of the data for the model card, such as ``en``; null leaves it out."""
 
 
 @dataclass
@@ -123,15 +133,26 @@ class TrainerConfig:
 
 @dataclass
 class HubConfig:
-    """Where the delta is pushed."""
+    """Where the delta is pushed, and what its model card says."""
 
     push: bool = False
     repo_id: Optional[str] = None
-    """The repository, such as ``DeltaHub/lora-t5-dates``; made if it does not exist."""
+    """The repository, such as ``DeltaHub/lora-t5-dates``; made if it does not exist. In it ``{delta_type}``, ``{backbone}``,
+    ``{task}`` and ``{seed}`` stand for the run's."""
     private: Optional[bool] = None
-    """Whether a new repository is private; null takes the organisation's default."""
+    """Whether the repository is private; null takes the organisation's default for a new one."""
     revision: Optional[str] = None
-    """Branch to push to; null is the main one."""
+    """Branch to push to, made if it does not exist; null is the main one."""
+    tag: Optional[str] = None
+    """A name for the commit, such as ``v1``."""
+    create_pr: bool = False
+    """Propose the commit in a pull request."""
+    parent_commit: Optional[str] = None
+    """Push only if this is the last commit there."""
+    message: Optional[str] = None
+    """The commit message."""
+    license: Optional[str] = None
+    """The delta's licence, by its name on the Hub, such as ``apache-2.0``; null leaves it out of the card."""
 
 
 @dataclass
@@ -178,6 +199,7 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
     Raises:
         ConfigError: If a key is unknown, or a value has the wrong type or is out of range.
     """
+    check_secrets(values)
     flat = {key: value for key, value in values.items() if key not in PARTS}
     run = RunConfig(**checked(RunConfig, flat, "a run"))
     for name, section in PARTS.items():
@@ -234,7 +256,46 @@ def check(run: RunConfig) -> None:
         raise ConfigError("A task needs one or two columns in task.inputs and one in task.target.")
     if run.tracker.mode not in (None, *WANDB_MODES):
         raise ConfigError(unknown("tracker.mode", run.tracker.mode, WANDB_MODES))
-    if run.hub.push and not run.hub.repo_id:
-        raise ConfigError("hub.push=true needs hub.repo_id, such as hub.repo_id=DeltaHub/lora-t5-dates.")
+    check_hub(run)
     if min(run.seed, *run.resolved_seeds().values()) < 0:
         raise ConfigError("A seed is negative; seeds are whole numbers from 0.")
+
+
+def check_hub(run: RunConfig) -> None:
+    """Check what is asked of the Hub.
+
+    Raises:
+        ConfigError: If a name is none, or two wishes contradict one another.
+    """
+    hub = run.hub
+    if hub.push and not hub.repo_id:
+        raise ConfigError("hub.push=true needs hub.repo_id, such as hub.repo_id=DeltaHub/lora-t5-dates.")
+    if hub.repo_id:
+        name = public.repository(hub.repo_id, "lora", run.backbone.name or "backbone", run.task.name or "task", run.seed)
+        check_push(name, revision=hub.revision, tag=hub.tag, create_pr=hub.create_pr, parent_commit=hub.parent_commit)
+    if hub.license is not None and hub.license not in LICENSES:
+        raise ConfigError(
+            f"hub.license is {hub.license!r}, which the Hub does not know.{did_you_mean(hub.license, LICENSES)} Its list: "
+            "https://huggingface.co/docs/hub/repositories-licenses; for any other take hub.license=other."
+        )
+    for name in filter(None, [run.task.language]):
+        if not LANGUAGE.fullmatch(name):
+            raise ConfigError(f"task.language is {name!r}; it must be a code of ISO 639, such as en.")
+    if run.task.dataset is not None and not is_repo_id(run.task.dataset):
+        raise ConfigError(f"task.dataset is {run.task.dataset!r}; it must be a dataset of the Hub, such as nyu-mll/glue.")
+
+
+def check_secrets(values: Mapping[str, Any], prefix: str = "") -> None:
+    """Check that no value is a secret: a config is written into files and sent to trackers.
+
+    Raises:
+        ConfigError: If one looks like an access token, or holds a password; the message does not repeat it.
+    """
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            check_secrets(value, f"{prefix}{key}.")
+        elif is_secret(value):
+            raise ConfigError(
+                f"{prefix}{key} looks like an access token or holds a password. A config is kept in files, so secrets do not "
+                "belong there: run `hf auth login` or `wandb login`, or set HF_TOKEN or WANDB_API_KEY."
+            )

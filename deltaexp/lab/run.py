@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import json
 import os
 import platform
@@ -18,11 +20,10 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from deltaexp import __version__, checkpoint, hub
+from deltaexp import __version__, checkpoint
 from deltaexp.auto import AutoDeltaModel
-from deltaexp.card import plain_card
 from deltaexp.errors import DamagedFileError, DeltaExpError, RunError, listing
-from deltaexp.lab import backbones, checkpoints, recovery, tracking, training
+from deltaexp.lab import backbones, checkpoints, modelcard, public, pushing, recovery, tracking, training
 from deltaexp.lab.checkpoints import Checkpoints
 from deltaexp.lab.config import RunConfig
 from deltaexp.lab.memory import PeakMemory
@@ -191,7 +192,8 @@ def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, 
 
         # 9. Results and card, then the folder gets its name: what is called delta is complete and verified.
         results = {
-            "config": config_dict,
+            "config": public.publishable(config_dict),
+            "backbone": modelcard.facts(backbone),
             "task_metric": kind.metric,
             "evaluated_on": data.evaluated,
             "metrics": metrics,
@@ -212,8 +214,12 @@ def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, 
             "peak_memory_bytes": peak,
             "versions": _versions(),
         }
-        card = _card(delta_model.config, backbone, results, config)
-        checkpoint.add_files(stage, {checkpoint.RESULTS: checkpoint.dump(results), checkpoint.CARD: card})
+        files = {
+            checkpoint.RESULTS: checkpoint.dump(results),
+            checkpoint.CARD: modelcard.build(delta_model.config, results, stage),
+            modelcard.PICTURE: modelcard.picture(backbone.model),
+        }
+        checkpoint.add_files(stage, files)
         os.replace(stage, target)
         _tidy(config, folder)
 
@@ -300,9 +306,11 @@ def _show(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, c
 def _push(config: RunConfig, claim: recovery.Claim, clock: Clock) -> None:
     """Push the delta of a finished run if that is asked for and was not done before, and note where it is."""
     if config.hub.push and config.hub.repo_id and not claim.record.pushed:
-        with clock.phase("push", f"pushing to {config.hub.repo_id}"):
-            target = claim.folder / recovery.DELTA
-            url = hub.push(target, config.hub.repo_id, private=config.hub.private, revision=config.hub.revision)
+        hub = dataclasses.asdict(config.hub)
+        repo_id = pushing.named(claim.record.config, hub)
+        with clock.phase("push", f"pushing to {repo_id}"):
+            say = functools.partial(clock.console.print, style="yellow", markup=False)
+            url = pushing.push(claim.folder / recovery.DELTA, repo_id, hub, say).url
         claim.record.pushed = url
         claim.record.write(claim.folder)
         clock.console.print(f"pushed, read back and verified: {url}")
@@ -347,22 +355,6 @@ def _versions() -> dict[str, str]:
         "platform": platform.system(),
         "device": device,
     }
-
-
-def _card(delta_config: DeltaConfig, backbone: backbones.Backbone, results: dict[str, Any], config: RunConfig) -> str:
-    """Return the model card of a run, with its metrics."""
-    before, after = results["metrics"]["before"], results["metrics"]["after"]
-    rows = "\n".join(f"| {name} | {before.get(name, float('nan')):.4f} | {value:.4f} |" for name, value in after.items())
-    name = config.task.name
-    loader = backbones.loading_code(backbone.model, backbone.source, public=True)
-    trained = (
-        f"## Training\n\n{results['steps']} steps on {results['rows']['train']} rows of {name}, seeds {results['seeds']}, "
-        f"{results['parameters']['trainable']:,} trainable parameters, "
-        f"{results['seconds']['train']:.0f} s for the training on {results['versions']['device']}."
-    )
-    metrics = f"## Metrics on {name} ({results['evaluated_on']})\n\n| metric | before | after |\n| --- | --- | --- |\n{rows}"
-    repo = config.hub.repo_id or "PATH_OR_REPO"
-    return plain_card(delta_config, repo=repo, loader=loader, tags=(name,), sections=(metrics, trained))
 
 
 def _print_results(console: Console, results: dict[str, Any], folder: Path, loader: str) -> None:
