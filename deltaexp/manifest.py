@@ -22,6 +22,7 @@ FORMAT = 2
 """Version of the layout of ``manifest.json``."""
 LARGEST_JSON = 1 << 26
 """Bytes that a file of JSON may have; those of the largest models have some millions."""
+END = "\n}\n"
 DAMAGED = (
     "The file was changed or damaged after it was saved: copy the delta again, save it anew, or, if it came from the Hub, "
     "load it with force_download=True."
@@ -75,7 +76,9 @@ class Manifest:
 
 def sealed(data: dict[str, Any]) -> str:
     """Return the text of a manifest with its own digest, which is over the text without it."""
-    return dump({**data, "sha256": hashlib.sha256(dump(data).encode()).hexdigest()})
+    text = dump(data)
+    assert max(data) < "sha256"  # so it comes last, and the text need not be made twice
+    return f'{text.removesuffix(END)},\n  "sha256": "{hashlib.sha256(text.encode()).hexdigest()}"{END}'
 
 
 def dump(data: Any) -> str:

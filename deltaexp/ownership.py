@@ -108,6 +108,8 @@ def unfrozen(config: DeltaConfig, backbone: nn.Module) -> set[str]:
     Raises:
         AddressingError: If a pattern means none.
     """
+    if set(config.unfrozen_modules) <= {"deltas"}:
+        return set()
     first = {id(parameter) for parameter in backbone_parameters(backbone).values()}
     own = [name for name, parameter in backbone.named_parameters(remove_duplicate=False) if id(parameter) in first]
     result: set[str] = set()
@@ -124,6 +126,8 @@ def unfrozen(config: DeltaConfig, backbone: nn.Module) -> set[str]:
 
 def first_names(names: set[str], backbone: nn.Module) -> set[str]:
     """Return names of the backbone's parameters as they are saved: a tied one is known by its first name."""
+    if not names:
+        return set()
     first = {id(parameter): name for name, parameter in backbone_parameters(backbone).items()}
     every = dict(backbone.named_parameters(remove_duplicate=False))
     return {first[id(every[name])] for name in names}
