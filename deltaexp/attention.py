@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AttentionInterface
 
-from deltaexp.errors import DeltaExpError
+from deltaexp.errors import AddressingError, DeltaExpError
 from deltaexp.lazy import Layer
 from deltaexp.tree import backbone_modules
 
@@ -146,6 +146,45 @@ def forget_bias(core: nn.Module, args: tuple, output: Any) -> Any:
     if any(layer.opendelta_positions for layer in core.__dict__.get(CARRIED, ())):
         return (output[0], None, *output[2:])
     return output
+
+
+COUNTED = ("bert", "gpt2")
+"""Kinds of models with learned positions that simply count the tokens where nobody says otherwise, as all rotary ones do."""
+
+
+def positioned(backbone: nn.Module) -> nn.Module:
+    """Return the model in a backbone that takes the positions of its tokens.
+
+    Raises:
+        AddressingError: If there is none, or it does not simply count the tokens where nobody says otherwise.
+    """
+    found = [
+        inner
+        for inner in backbone.modules()
+        if hasattr(inner, "get_input_embeddings")
+        and {"input_ids", "inputs_embeds", "position_ids"} <= set(inspect.signature(inner.forward).parameters)
+    ]
+    model: Any = found[-1] if found else None
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if model is None or not (hasattr(model, "rotary_emb") or kind in COUNTED):
+        raise AddressingError(
+            f"The positions in a {type(backbone).__name__} cannot be moved behind a prefix: it does not take them, or "
+            "counts them in a way of its own. Use a prefix with prefix_positions=none."
+        )
+    return model
+
+
+def shift_positions(module: nn.Module, args: tuple, kwargs: dict[str, Any], *, count: int) -> tuple[tuple, dict[str, Any]]:
+    """Forward pre-hook: let the positions of the tokens start at ``count``."""
+    forward: Callable[..., Any] = module.forward
+    kwargs = {**dict(zip(inspect.signature(forward).parameters, args, strict=False)), **kwargs}
+    positions = kwargs.get("position_ids")
+    if positions is None:
+        given: Any = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
+        cache: Any = kwargs.get("past_key_values")
+        past = cache.get_seq_length() if cache is not None else 0
+        positions = torch.arange(past, past + given.shape[1], device=given.device).unsqueeze(0)
+    return (), {**kwargs, "position_ids": positions + count}
 
 
 def _forward(core: nn.Module) -> Any:

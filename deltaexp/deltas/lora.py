@@ -156,7 +156,7 @@ class LoraLayer(LowRankDelta):
         self.register_buffer("lora_B0", None)
         if init in FROM_THE_WEIGHT:
             if weight is not None and not weight.is_meta:
-                down, up = _decomposed(init, weight, rank, scale)
+                down, up = decomposed(init, weight, rank, scale)
                 self.lora_A, self.lora_B = nn.Parameter(down), nn.Parameter(up)
             self.lora_A0, self.lora_B0 = self.lora_A.detach().clone(), self.lora_B.detach().clone()
         elif init == "gaussian":
@@ -238,7 +238,7 @@ def _norms(matrix: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(matrix.contiguous(), dim=1)
 
 
-def _decomposed(init: str, weight: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def decomposed(init: str, weight: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the A and B that `lora_init` takes from a weight."""
     if init == "olora":
         up, down = torch.linalg.qr(_wide(weight))

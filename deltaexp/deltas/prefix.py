@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from deltaexp.errors import AddressingError, listing
@@ -33,6 +34,9 @@ class PrefixConfig(DeltaConfig):
     opendelta_positions: bool = False
     """Whether, in a T5, relative positions are OpenDelta's, for which its checkpoints were trained: the prefix is at positions
     0 to P - 1, before the text, in the layer of a stack that makes the relative bias, and later layers have none."""
+    prefix_positions: str = "none"
+    """"none": the text starts at position 0, as without a prefix; "shifted": it starts at P, as where a cache holds the prefix,
+    which is PEFT's way."""
 
     default_modules: ClassVar[tuple[str, ...]] = ("attn",)
     attribute: ClassVar[str] = "prefix"
@@ -42,6 +46,7 @@ class PrefixConfig(DeltaConfig):
         super().__post_init__()
         for key in ("prefix_token_num", "embed_dim", "mid_dim"):
             self.require(key, at_least=1)
+        self.require_one_of("prefix_positions", ("none", "shifted"))
 
     def build(self, site: Site) -> _CarriedLayer | None:
         """Make the layer for one attention; None for what is none, where the default modules have others that are.
@@ -57,6 +62,12 @@ class PrefixConfig(DeltaConfig):
             return None
         layer = self._layer(site, place, places)
         layer.opendelta_positions = self.opendelta_positions
+        if self.prefix_positions == "shifted" and "positioned" not in site.shared:
+            from deltaexp.attention import positioned
+
+            assert site.backbone is not None
+            site.shared["positioned"] = positioned(site.backbone)
+            layer.shift = self.prefix_token_num, site.shared["positioned"]
         return layer
 
     def _layer(self, site: Site, place: Place, places: list[Place | None]) -> _CarriedLayer:
@@ -101,6 +112,9 @@ class _CarriedLayer(Layer):
 
     opendelta_positions = False
     """See `PrefixConfig`."""
+    shift: tuple[int, nn.Module] | None = None
+    """How far the text's positions are moved, and the model that takes them. One layer of a delta has it, in a tuple, so that
+    the model is no child of it."""
 
     def __init__(self, core: str) -> None:
         super().__init__()
@@ -108,10 +122,13 @@ class _CarriedLayer(Layer):
 
     def connect(self, module: nn.Module, name: str) -> list[Any]:
         """Let the attention module in ``module`` carry the layer."""
-        from deltaexp.attention import carry, forget_bias
+        from deltaexp.attention import carry, forget_bias, shift_positions
 
         core = module.get_submodule(self.core)
         handles: list[Any] = [carry(core, self)]
+        if self.shift is not None:
+            count, model = self.shift
+            handles.append(model.register_forward_pre_hook(partial(shift_positions, count=count), with_kwargs=True))
         if hasattr(core, "has_relative_attention_bias"):
             handles.append(core.register_forward_hook(forget_bias))
         return handles

@@ -225,7 +225,7 @@ def _place(config: DeltaConfig, modules: list[str], backbone: nn.Module, folder:
     if config.delta_type == "prefix" and any(hasattr(m, "has_relative_attention_bias") for m in backbone.modules()):
         config.opendelta_positions = True  # type: ignore[attr-defined]
     every = [name for name, _ in backbone_modules(backbone)]
-    config.modified_modules = [_pattern(name, every) for name in names]
+    config.modified_modules = [pattern_of(name, every) for name in names]
     config.common_structure = False
     config.exclude_modules = []
 
@@ -264,7 +264,7 @@ def _paired(names: list[str], patterns: list[str]) -> list[str]:
     return result
 
 
-def _pattern(name: str, every: list[str]) -> str:
+def pattern_of(name: str, every: list[str]) -> str:
     """Return a pattern that means one module and no other."""
     alone = sum(other == name or other.endswith(f".{name}") for other in every) == 1
     return name if alone else f"{addressing.REGEX}^{re.escape(name)}"
