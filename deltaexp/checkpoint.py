@@ -66,6 +66,7 @@ def write(
     base: Mapping[str, TensorDigest],
     card: str,
     probe: Mapping[str, torch.Tensor] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Write a delta so that ``folder`` afterwards holds all of it, or what it held before.
 
@@ -76,6 +77,7 @@ def write(
         base: Digests of the rest of the model.
         card: Text of the model card.
         probe: What `deltaexp.probe.record` returned.
+        settings: What `deltaexp.verification.settings` returned.
 
     Raises:
         CheckpointError: If the tensors are empty or the disk refuses; nothing that was there is lost.
@@ -96,7 +98,7 @@ def write(
         if probe is not None:
             save_file(dict(probe), stage / PROBE, metadata={"format": "pt"})
 
-    return _write(Path(folder), fill, dict(base), delta)
+    return _write(Path(folder), fill, Manifest(dict(base), delta, {}, dict(settings or {})))
 
 
 def add_files(folder: str | Path, texts: Mapping[str, str]) -> Manifest:
@@ -113,12 +115,10 @@ def add_files(folder: str | Path, texts: Mapping[str, str]) -> Manifest:
         for name, text in texts.items():
             (stage / name).write_text(text, encoding="utf-8")
 
-    return _write(Path(folder), fill, manifest.base, manifest.delta, manifest.files)
+    return _write(Path(folder), fill, manifest)
 
 
-def _write(
-    folder: Path, fill: Callable[[Path], None], base: dict, delta: dict, known: Mapping[str, str] | None = None
-) -> Manifest:
+def _write(folder: Path, fill: Callable[[Path], None], known: Manifest) -> Manifest:
     """Let ``fill`` write into a folder beside the target, add the manifest, read back, then move everything into place."""
     stage = None
     try:
@@ -126,13 +126,13 @@ def _write(
         stage = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         fill(stage)
         files = {path.name: file_sha256(path) for path in sorted(stage.iterdir())}
-        manifest = Manifest(base, delta, {**(known or {}), **files})
+        manifest = dataclasses.replace(known, files={**known.files, **files})
         (stage / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         for path in stage.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         check_files(stage, manifest, files)
-        if WEIGHTS in files and digests(_tensors(stage / WEIGHTS)) != delta:
+        if WEIGHTS in files and digests(_tensors(stage / WEIGHTS)) != known.delta:
             raise CheckpointError(f"The tensors written to {str(stage)!r} are not those that were to be saved. Save again.")
         stage.chmod(0o755)  # mkdtemp's folders are private
         if not folder.exists():

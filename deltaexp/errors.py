@@ -76,6 +76,10 @@ class BackboneDtypeError(BackboneMismatchError):
     """The backbone is held in another dtype than the one in which the delta was trained."""
 
 
+class BackboneSettingsError(BackboneMismatchError):
+    """The backbone's settings are others than those with which the delta was trained."""
+
+
 class DeltaMismatchError(HashMismatchError):
     """The delta's own tensors are not those that were trained."""
 

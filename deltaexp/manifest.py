@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +39,15 @@ class Manifest:
     """The tensors in ``delta_model.safetensors``."""
     files: dict[str, str]
     """sha256 of each other file in the folder."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """The backbone's settings that decide what it computes and that no tensor shows (`deltaexp.verification.settings`)."""
 
     def to_json(self) -> str:
         """Return the text of ``manifest.json``."""
         tensors = {
             part: {name: digest.to_dict() for name, digest in sorted(getattr(self, part).items())} for part in ("base", "delta")
         }
-        return sealed({"format": FORMAT, "files": dict(sorted(self.files.items())), **tensors})
+        return sealed({"format": FORMAT, "files": self.files, "backbone_settings": self.settings, **tensors})
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
@@ -71,7 +73,8 @@ class Manifest:
                     "Do not use it: somebody made it by hand."
                 )
         parts = {part: {name: TensorDigest.from_dict(d) for name, d in data[part].items()} for part in ("base", "delta")}
-        return cls(files={str(name): str(value) for name, value in data["files"].items()}, **parts)
+        files = {str(name): str(value) for name, value in data["files"].items()}
+        return cls(files=files, settings=dict(data["backbone_settings"]), **parts)
 
 
 def sealed(data: dict[str, Any]) -> str:

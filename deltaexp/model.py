@@ -244,7 +244,8 @@ class DeltaModel:
         text = plain_card(self.config) if card is None else card
         base = model_digests(self.backbone_model, self.base_tensors())
         sample = None if probe is None else probes.record(self.backbone_model, probe)
-        return checkpoint.write(save_directory, self.config, self.delta_tensors(), base, text, sample)
+        settings = verification.settings(self.backbone_model)
+        return checkpoint.write(save_directory, self.config, self.delta_tensors(), base, text, sample, settings)
 
     def _record(self, name: str | None) -> SavedWith:
         config = getattr(self.backbone_model, "config", None)
@@ -306,6 +307,7 @@ class DeltaModel:
                 base = model_digests(backbone_model, delta_model.base_tensors())
                 delta = digests(delta_model.delta_tensors())
                 delta_model.hash_check = verification.check_model(saved, base, delta, revision)
+                verification.check_settings(saved, verification.settings(backbone_model))
             else:
                 delta_model.hash_check = verification.skipped(saved)
             delta_model.freeze_module()

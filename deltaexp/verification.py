@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
+from torch import nn
 
 from deltaexp.addressing import covers
 from deltaexp.checkpoint import CONFIG, WEIGHTS, SavedDelta
@@ -16,6 +19,7 @@ from deltaexp.errors import (
     BackboneDtypeError,
     BackboneMismatchError,
     BackboneRevisionError,
+    BackboneSettingsError,
     CheckpointError,
     DeltaMismatchError,
     ExtraTensorError,
@@ -41,6 +45,12 @@ class HashCheck(str, Enum):
     """The caller asked not to check."""
 
 
+COMPUTES = re.compile(
+    "head|key_value|act|eps|rope|theta|window|scal|softcap|norm|causal|is_decoder|position|bucket|distance|per_tok|alibi|proj"
+)
+"""What the names of settings hold that decide what a model computes."""
+IRRELEVANT = re.compile(r"(^|\.)(_|max_)|drop|init|attn_implementation|label")
+"""What the names of those hold that matter for training only, or not at all."""
 IGNORE = "Load with check_hash=False only if you mean to use it all the same."
 
 
@@ -120,6 +130,38 @@ def check_class(saved: SavedDelta, backbone_class: str) -> None:
         raise BackboneMismatchError(
             f"The delta in {str(saved.folder)!r} was trained on a {record.backbone_class}{_named(saved)}, and the backbone "
             f"given is a {backbone_class}. Load it onto the backbone it was trained on."
+        )
+
+
+def settings(backbone: nn.Module) -> dict[str, Any]:
+    """Return the settings of a backbone's config that decide what it computes, as far as their names say so."""
+    config = getattr(backbone, "config", None)
+    found = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
+    plain = {key: value for key, value in _flat(found) if isinstance(value, (bool, int, float, str))}
+    return {key: value for key, value in sorted(plain.items()) if COMPUTES.search(key) and not IRRELEVANT.search(key)}
+
+
+def _flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        name = f"{above}{key}"
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def check_settings(saved: SavedDelta, found: Mapping[str, Any]) -> None:
+    """Compare the backbone's settings with those recorded, where both versions of transformers have them.
+
+    Raises:
+        BackboneSettingsError: If one differs: the tensors may be the same, and the model computes something else.
+    """
+    recorded = saved.manifest.settings if saved.manifest is not None else {}
+    wrong = [f"{key} is {found[key]!r} and was {value!r}" for key, value in recorded.items() if found.get(key, value) != value]
+    if wrong:
+        raise BackboneSettingsError(
+            f"The backbone is not set as when the delta in {str(saved.folder)!r} was trained{_named(saved)}: "
+            f"{listing(wrong, 4)}. Load it with the settings it had then. {IGNORE}"
         )
 
 

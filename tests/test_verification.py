@@ -22,6 +22,7 @@ from deltaexp.errors import (
     BackboneDtypeError,
     BackboneMismatchError,
     BackboneRevisionError,
+    BackboneSettingsError,
     CheckpointError,
     DamagedFileError,
     DeltaMismatchError,
@@ -364,12 +365,33 @@ def test_the_probe(name: str, tmp_path: Path) -> None:
         AutoDeltaModel.from_finetuned(tmp_path / "delta", family.build(), check_probe=True)
 
 
-def test_settings_that_no_tensor_shows_are_found_by_the_probe(tmp_path: Path) -> None:
-    attach(BERT.build()).save_finetuned(tmp_path / "delta", probe=BERT.inputs())
-    config = BertConfig.from_dict({**BERT.build().config.to_dict(), "num_attention_heads": 4})
+def test_settings_that_no_tensor_shows(tmp_path: Path) -> None:
+    attach(BERT.build()).save_finetuned(tmp_path / "delta")
+    config = BertConfig.from_dict({**BERT.build().config.to_dict(), "num_attention_heads": 4, "layer_norm_eps": 1e-3})
     backbone = BertForSequenceClassification(config).eval()
     backbone.load_state_dict(BERT.build().state_dict())
-    AutoDeltaModel.from_finetuned(tmp_path / "delta", backbone).detach()  # the digests cannot tell
+    error = refusal(tmp_path / "delta", backbone)
+    assert type(error) is BackboneSettingsError
+    assert "layer_norm_eps is 0.001 and was 1e-12" in str(error)
+    assert "num_attention_heads is 4 and was 2" in str(error)
+
+
+def test_settings_that_change_nothing(tmp_path: Path) -> None:
+    attach(BERT.build()).save_finetuned(tmp_path / "delta")
+    backbone = BERT.build()
+    backbone.config.update({"hidden_dropout_prob": 0.5, "use_cache": False, "pad_token_id": 3, "initializer_range": 1.0})
+    assert AutoDeltaModel.from_finetuned(tmp_path / "delta", backbone).hash_check is HashCheck.MATCH
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_the_probe_finds_alone(name: str, tmp_path: Path) -> None:
+    """A backbone whose code is another: no tensor and no setting shows it."""
+    family = FAMILIES[name]
+    attach(family.build()).save_finetuned(tmp_path / "delta", probe=family.inputs())
+    backbone = family.build()
+    first = next(module for module in backbone.modules() if isinstance(module, nn.Embedding))
+    first.register_forward_hook(lambda module, inputs, output: output + 0.1 * output.roll(1, -1))
+    AutoDeltaModel.from_finetuned(tmp_path / "delta", backbone).detach()
     before = snapshot(backbone)
     with pytest.raises(ProbeMismatchError, match="does not compute what was trained"):
         AutoDeltaModel.from_finetuned(tmp_path / "delta", backbone, check_probe=True)
