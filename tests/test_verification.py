@@ -36,6 +36,7 @@ from deltaexp.errors import (
     TensorShapeError,
 )
 from deltaexp.manifest import sealed
+from deltaexp.tree import linear_dims
 
 BERT = FAMILIES["bert"]
 WEIGHTS = "delta_model.safetensors"
@@ -389,8 +390,8 @@ def test_what_the_probe_finds_alone(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     attach(family.build()).save_finetuned(tmp_path / "delta", probe=family.inputs())
     backbone = family.build()
-    first = next(module for module in backbone.modules() if isinstance(module, nn.Embedding))
-    first.register_forward_hook(lambda module, inputs, output: output + 0.1 * output.roll(1, -1))
+    first = next(module for module in backbone.modules() if linear_dims(module))
+    first.register_forward_hook(lambda module, inputs, output: output + 0.5 * output.roll(1, -1))
     AutoDeltaModel.from_finetuned(tmp_path / "delta", backbone).detach()
     before = snapshot(backbone)
     with pytest.raises(ProbeMismatchError, match="does not compute what was trained"):
