@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deltaexp.errors import ConfigError, unknown
 
@@ -25,12 +26,9 @@ def read(folder: str | Path, backbone: nn.Module) -> SavedDelta:
         CheckpointError: If it is no delta, is damaged, or does not fit the backbone.
     """
     from deltaexp import checkpoint
-    from deltaexp.interop import opendelta, peft_import
 
-    for other in (opendelta, peft_import):
-        if other.recognised(folder):
-            return other.read(folder, backbone)
-    return checkpoint.read(folder)
+    other = _format(folder)
+    return checkpoint.read(folder) if other is None else other.read(folder, backbone)
 
 
 def read_config(folder: str | Path) -> DeltaConfig:
@@ -40,12 +38,20 @@ def read_config(folder: str | Path) -> DeltaConfig:
         CheckpointError: If there is none, or it is no delta's config.
     """
     from deltaexp import checkpoint
-    from deltaexp.interop import opendelta, peft_import
 
-    for other in (opendelta, peft_import):
-        if other.recognised(folder):
-            return other.read_config(folder)
-    return checkpoint.read_config(Path(folder))
+    other = _format(folder)
+    return checkpoint.read_config(Path(folder)) if other is None else other.read_config(folder)
+
+
+def _format(folder: str | Path) -> Any:
+    """Return the module that reads a folder of another library; None for one of deltaexp's, or of nobody's."""
+    others = (_module("opendelta"), _module("peft_import"))
+    return next((other for other in others if other.recognised(folder)), None)
+
+
+def _module(name: str) -> Any:
+    """Return a module of this package; they are imported when they are needed, as most need torch."""
+    return importlib.import_module(f"{__name__}.{name}")
 
 
 def export(delta_model: DeltaModel, folder: str | Path, to: str = "peft", *, tokenizer: object = None) -> str:
@@ -66,16 +72,8 @@ def export(delta_model: DeltaModel, folder: str | Path, to: str = "peft", *, tok
     """
     check_format(to)
     if to == "merged":
-        from deltaexp.interop import merged
-
-        return merged.export(delta_model, folder, tokenizer)
-    if to == "opendelta":
-        from deltaexp.interop import opendelta_export
-
-        return opendelta_export.export(delta_model, folder)
-    from deltaexp.interop import peft_export
-
-    return peft_export.export(delta_model, folder)
+        return _module("merged").export(delta_model, folder, tokenizer)
+    return _module(f"{to}_export").export(delta_model, folder)
 
 
 def check_format(to: str) -> None:
