@@ -288,7 +288,7 @@ def _converted(value: Any, expected: Any, key: str) -> Any:
             return float(value)
         raise ConfigError(f"{key} is {value!r}, which is not a finite number.")
     elif isinstance(expected, type) and isinstance(value, expected) and not (expected is int and isinstance(value, bool)):
-        if expected is int and abs(value) >= 1 << 63:
+        if isinstance(value, int) and abs(value) >= 1 << 63:
             raise ConfigError(f"{key} is a number of {value.bit_length()} bits; it must have fewer than 64.")
         return value
     raise ConfigError(f"{key} is {value!r}, which is not {_spelled(expected)}.")

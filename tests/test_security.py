@@ -271,3 +271,51 @@ def test_regular_expressions_that_would_never_end() -> None:
 def test_numbers_are_finite(value: float) -> None:
     with pytest.raises(ConfigError, match="lora_alpha"):
         AutoDeltaConfig.from_dict({"delta_type": "lora", "lora_alpha": value})
+
+
+# --- code and configuration that come with a checkpoint -------------------------------------------------------------------
+
+
+def with_code(folder: Path, sprung: Path) -> Path:
+    """A backbone whose folder brings a class of its own; importing it leaves a file."""
+    folder.mkdir()
+    BERT.build().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "model_type": "their_own",
+        "auto_map": {"AutoConfig": "code.Theirs", "AutoModelForSequenceClassification": "code.T"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(
+        f"from pathlib import Path\nPath({str(sprung)!r}).touch()\n"
+        "from transformers import BertConfig\n\nclass Theirs(BertConfig):\n    model_type = 'their_own'\n\nclass T:\n    pass\n"
+    )
+    return folder
+
+
+def test_the_code_of_a_backbone_runs_only_where_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deltaexp.lab import backbones, schema
+
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    sprung = tmp_path / "sprung"
+    folder = with_code(tmp_path / "theirs", sprung)
+    words = ["backbone=local", "backbone.name=theirs", f"backbone.source={folder}", "task=sst2", f"task.data={tmp_path}"]
+    config, _ = schema.composed(words)
+    with pytest.raises(DeltaExpError, match=r"code of its own.*backbone\.trust_remote_code=true"):
+        backbones.load(config.backbone, config.task)
+    assert not sprung.exists()
+    config, _ = schema.composed([*words, "backbone.trust_remote_code=true"])
+    with suppress(Exception):  # its class is none, but its code was run
+        backbones.load(config.backbone, config.task)
+    assert sprung.exists()
+
+
+def test_yaml_runs_no_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from deltaexp.__main__ import main
+
+    sprung = tmp_path / "sprung"
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "theirs.yaml").write_text(f"# @package task\nname: !!python/object/apply:os.mkdir ['{sprung}']\n")
+    assert main(["--config-dir", str(tmp_path), "task=theirs"]) == 2
+    assert not sprung.exists()
+    assert "Traceback" not in capsys.readouterr().err

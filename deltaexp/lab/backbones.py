@@ -107,7 +107,7 @@ def load_recorded(config: BackboneConfig, folder: Path, delta_config: DeltaConfi
         DeltaExpError: If it cannot be loaded.
     """
     name = delta_config.saved_with.backbone_class
-    chosen = getattr(transformers, name, None) if name else transformers.AutoModel
+    chosen: Any = getattr(transformers, name, None) if name else transformers.AutoModel
     if not isinstance(chosen, type) or (name and not issubclass(chosen, transformers.PreTrainedModel)):
         raise ConfigError(f"The delta was trained on a {name}, which is no model class of the installed transformers.")
     options: dict[str, Any] = {"revision": config.revision} if config.revision else {}

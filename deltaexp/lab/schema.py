@@ -17,6 +17,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from deltaexp import registry
 from deltaexp.errors import ConfigError, did_you_mean, listing, unknown
@@ -113,6 +114,8 @@ def _compose(overrides: Sequence[str], search_path: Sequence[str], **options: bo
             return compose("config", overrides=[*spelled_out(overrides), *extra], **options)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_hydra_sentence(error)) from error
+    except YAMLError as error:  # YAML may name Python objects; they are never made
+        raise ConfigError(f"A file of the configuration is no plain YAML: {' '.join(str(error).split())}") from error
 
 
 def check_sweep(overrides: Sequence[str], search_path: Sequence[str] = ()) -> int:
