@@ -108,7 +108,8 @@ def load_recorded(config: BackboneConfig, folder: Path, delta_config: DeltaConfi
     """
     name = delta_config.saved_with.backbone_class
     chosen: Any = getattr(transformers, name, None) if name else transformers.AutoModel
-    if not isinstance(chosen, type) or (name and not issubclass(chosen, transformers.PreTrainedModel)):
+    a_model = isinstance(chosen, type) and (name is None or issubclass(chosen, transformers.PreTrainedModel))
+    if not a_model:
         raise ConfigError(f"The delta was trained on a {name}, which is no model class of the installed transformers.")
     options: dict[str, Any] = {"revision": config.revision} if config.revision else {}
     manifest = read_manifest(folder)
