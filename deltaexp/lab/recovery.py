@@ -39,6 +39,7 @@ NO_MATTER = (
 NO_ROOM = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota of the disk is used up"}
 NO_ROOM |= {errno.EFBIG: "a file would be larger than this process may write"}
 NO_ROOM |= {errno.EROFS: "the disk may only be read", errno.EIO: "the disk reports a fault"}
+NO_ROOM |= {errno.EACCES: "writing there is not permitted"}
 LEFTOVERS = (f".{DELTA}.*", f"..{DELTA}.*", f".{RECORD}.*", f"{CHECKPOINTS}/.*")
 """What a killed run leaves half-written."""
 
@@ -266,12 +267,12 @@ def explained(folder: Path, again: str) -> Iterator[None]:
     except KeyboardInterrupt as error:
         raise StoppedByKeyboard(f"stopped by the keyboard. {_kept(folder)} Continue with: {again}") from error
     except DeltaExpError as error:
-        reason = _disk(error.__cause__)
+        reason = disk_fault(error.__cause__)
         if reason is None:
             raise
         raise InterruptedRunError(f"{error} {_kept(folder)} Make room, then continue with: {again}") from error
     except Exception as error:
-        disk, memory = _disk(error), _memory(error)
+        disk, memory = disk_fault(error), _memory(error)
         if disk is not None:
             raise InterruptedRunError(
                 f"The run in {str(folder)!r} could not write: {disk}. {_kept(folder)} Make room, then continue with: {again}"
@@ -297,7 +298,7 @@ def _kept(folder: Path) -> str:
     return f"Kept: the checkpoint after step {int(newest.name.removeprefix(PREFIX)):,}, {str(newest)!r}."
 
 
-def _disk(error: BaseException | None) -> str | None:
+def disk_fault(error: BaseException | None) -> str | None:
     """Return what the disk has to say, in words; None for an error of another kind."""
     number = error.errno if isinstance(error, OSError) else None
     if number is None and type(error).__name__ == "SafetensorError":
