@@ -85,6 +85,9 @@ class TaskConfig:
     """Longest input in tokens; what is longer is cut, and counted."""
     max_target_length: int = 64
     """Longest target in tokens, and longest generated answer."""
+    probe_rows: int = 4
+    """Rows of the final split that are saved with the delta, as tokens, with some logits on them: `verify` compares these with
+    ``probe=true``. 0 saves none, for data that nobody else may see."""
     data_seed: int = 0
     """Seed of generated data and of the choice of rows; the same for all seeds of a study."""
     dataset: Optional[str] = None
@@ -239,6 +242,8 @@ def check(run: RunConfig) -> None:
             value = getattr(getattr(run, section), key)
             if value is not None and value < 1:
                 raise ConfigError(f"{section}.{key} is {value}; it must be at least 1.")
+    if run.task.probe_rows < 0:
+        raise ConfigError(f"task.probe_rows is {run.task.probe_rows}; it must be at least 0.")
     trainer = run.trainer
     if trainer.max_steps < 1 and trainer.max_steps != -1:
         raise ConfigError(f"trainer.max_steps is {trainer.max_steps}; it must be at least 1, or -1 to go by trainer.epochs.")

@@ -185,10 +185,11 @@ def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, 
         with clock.phase("save", "saving"):
             # An embedded backbone lies in a folder whose own name says nothing to others.
             name = config.backbone.source if ":" in config.backbone.source else None
-            manifest = delta_model.save_finetuned(stage, backbone_name=name)
+            batch = functools.partial(_batch, kind.collator(backbone.model), final)
+            stored = batch(config.task.probe_rows) if config.task.probe_rows else None
+            manifest = delta_model.save_finetuned(stage, backbone_name=name, probe=stored)
         with clock.phase("verify", "loading the saved delta into a fresh backbone and comparing"):
-            probe = kind.collator(backbone.model)([final[index] for index in range(min(PROBE_ROWS, len(final)))])
-            check = _verify(config, backbone, stage, probe, next(backbone.model.parameters()).device)
+            check = _verify(config, backbone, stage, batch(PROBE_ROWS), next(backbone.model.parameters()).device)
 
         # 9. Results and card, then the folder gets its name: what is called delta is complete and verified.
         results = {
@@ -314,6 +315,11 @@ def _push(config: RunConfig, claim: recovery.Claim, clock: Clock) -> None:
         claim.record.pushed = url
         claim.record.write(claim.folder)
         clock.console.print(f"pushed, read back and verified: {url}")
+
+
+def _batch(collate: Any, rows: Any, count: int) -> Any:
+    """Return the first rows as a batch."""
+    return collate([rows[index] for index in range(min(count, len(rows)))])
 
 
 def _verify(config: RunConfig, backbone: backbones.Backbone, folder: Path, probe: Any, device: torch.device) -> dict[str, Any]:

@@ -40,6 +40,7 @@ def test_a_run_leaves_a_verified_delta(delta_type: str, tmp_path: Path) -> None:
     outcome = go(tmp_path, f"delta_type={delta_type}", *DATES)
     assert outcome.folder == tmp_path / "delta"
     names = {"config.json", "delta_model.safetensors", "manifest.json", "README.md", "results.json", "structure.svg"}
+    names |= {"probe.safetensors"}
     assert {path.name for path in outcome.folder.iterdir()} == names
     assert not list(tmp_path.glob(".delta*"))
     manifest = checkpoint.read_manifest(outcome.folder)
