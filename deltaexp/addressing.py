@@ -44,17 +44,27 @@ def matches(pattern: str, name: str) -> bool:
     """
     if not pattern.startswith(REGEX):
         return bool(pattern) and (name == pattern or name.endswith("." + pattern))
+    found = search(pattern[len(REGEX) :], name)
+    return found is not None and found.end() == len(name) and (found.start() == 0 or name[found.start() - 1] == ".")
+
+
+def search(expression: str, name: str, whole: bool = False) -> Any:
+    """Return the match of a regular expression in a name, or with the ``whole`` name; None where there is none.
+
+    A config may come from anybody, and some expressions search for years: `regex`, unlike `re`, can be told to give up.
+
+    Raises:
+        AddressingError: If the expression is malformed, or would search for ever.
+    """
     try:
-        # A config may come from anybody, and some expressions take years: `regex` can be told to give up.
-        found = regex.search(pattern[len(REGEX) :], name, timeout=PATIENCE)
+        return (regex.fullmatch if whole else regex.search)(expression, name, timeout=PATIENCE)
     except (regex.error, RecursionError, OverflowError) as error:
-        raise AddressingError(f"The pattern {pattern!r} is not a regular expression: {error}.") from error
+        raise AddressingError(f"The pattern {expression!r} is not a regular expression: {error}.") from error
     except TimeoutError as error:
         raise AddressingError(
-            f"The pattern {pattern[:60]!r} is still searching the name {name!r} after {PATIENCE:g} s. Write it without one "
+            f"The pattern {expression[:60]!r} is still searching the name {name!r} after {PATIENCE:g} s. Write it without one "
             "repetition inside of another."
         ) from error
-    return found is not None and found.end() == len(name) and (found.start() == 0 or name[found.start() - 1] == ".")
 
 
 def covers(pattern: str, name: str, common: Sequence[str] = ()) -> bool:

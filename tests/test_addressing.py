@@ -100,7 +100,7 @@ def test_what_a_pattern_covers(pattern: str, name: str) -> None:
 
 
 def test_a_bad_regular_expression() -> None:
-    with pytest.raises(AddressingError, match=r"'\[r\]\(q' is not a regular expression: .*missing \)"):
+    with pytest.raises(AddressingError, match=r"'\(q' is not a regular expression: .*missing \)"):
         resolve(["[r](q"], NAMES)
     with pytest.raises(AddressingError, match="is not a regular expression"):
         resolve(["q"], NAMES, exclude=["[r]*"])

@@ -264,6 +264,10 @@ def test_regular_expressions_that_would_never_end() -> None:
     start = time.perf_counter()
     with pytest.raises(AddressingError, match="still searching"):
         matches("[r](a|a)*b|(x+x+)+y", "a" * 60)
+    peft = {"peft_type": "LORA", "target_modules": r"((\w|\w\w|\.)*)*[!?]"}
+    config = AutoDeltaConfig.from_dict({"delta_type": "peft", "peft": peft})
+    with pytest.raises(AddressingError, match="still searching|not found"):
+        AutoDeltaModel.from_config(config, BERT.build())
     assert time.perf_counter() - start < 10
 
 

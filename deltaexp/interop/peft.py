@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from deltaexp import addressing
 from deltaexp.deltas.soft_prompt import PromptLayer, place_of
 from deltaexp.errors import AddressingError, ConfigError, DeltaExpError, did_you_mean, listing, unknown
 from deltaexp.lazy import Layer
@@ -91,6 +92,11 @@ def build(config: PeftConfig, site: Site) -> Layer:
     """Make the layer of one place; with the last one, PEFT makes what is in them all."""
     settings = _config(config.peft)
     if settings.is_prompt_learning:
+        if not isinstance(settings.num_virtual_tokens, int) or settings.num_virtual_tokens < 1:
+            raise ConfigError(
+                f"peft.num_virtual_tokens is {settings.num_virtual_tokens!r}; PEFT's {config.peft['peft_type']} needs the "
+                "number of vectors in front of the input, e.g. peft.num_virtual_tokens=20."
+            )
         return PeftPromptLayer(settings, place_of(site, settings.num_virtual_tokens))
     layer = PeftLayer()
     layers: dict[str, tuple[PeftLayer, nn.Module]] = site.shared.setdefault("peft", {})
@@ -119,6 +125,12 @@ def _wrappers(settings: Any, backbone: nn.Module) -> dict[str, nn.Module]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     method = settings.peft_type.value
+    for key in ("target_modules", "exclude_modules"):
+        expression = getattr(settings, key, None)
+        if isinstance(expression, str) and expression != "all-linear":
+            # A hostile expression would keep PEFT searching for ever, so it is given the names that are meant.
+            meant = [name for name, _ in backbone_modules(backbone) if addressing.search(expression, name, whole=True)]
+            setattr(settings, key, "|".join(map(re.escape, meant)) if meant else re.escape(expression))
     tuner_class = _library().mapping.PEFT_TYPE_TO_TUNER_MAPPING[settings.peft_type]
     names = {module: name for name, module in backbone_modules(backbone)}
     children = {module: dict(module._modules) for module in names}
