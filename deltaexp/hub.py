@@ -11,8 +11,8 @@ from typing import Any
 
 from deltaexp import checkpoint
 from deltaexp.checksum import file_sha256
-from deltaexp.errors import CheckpointError, DamagedFileError, MissingFileError, UnsafeFileError
-from deltaexp.hubclient import COMMIT, explained, is_repo_id, persistently, status
+from deltaexp.errors import CheckpointError, DamagedFileError, HubError, MissingFileError, UnsafeFileError
+from deltaexp.hubclient import COMMIT, explained, is_repo_id, passing, persistently, status
 from deltaexp.interop.opendelta import PICKLED
 from deltaexp.manifest import DAMAGED, MANIFEST, check_files, read_manifest
 from deltaexp.redaction import redact
@@ -66,8 +66,8 @@ def fetch(
             f"There is no folder {repo!r}, and it is no name of a repository on the Hub either, which would look like "
             "'DeltaHub/sst2-t5-base'."
         )
-    source = _Source(repo, revision, token, cache_dir, local_files_only)
     with explained(f"The delta {repo!r} (which is no folder here) could not be fetched from the Hub", token=token):
+        source = _Source(repo, revision, token, cache_dir, local_files_only)
         found = source.download(HEADS, revision, force_download)
         source.warn_if_stale(found)
         source.check_names(found)
@@ -111,12 +111,11 @@ class _Source:
         api = HfApi(token=self.token)
         try:
             self._do(lambda: api.model_info(self.repo, revision=self.revision, timeout=10))
-        except (OSError, ValueError) as error:
+        except Exception as error:
+            if not passing(error):  # an answer: there is no such repository, say, or it is not for everybody
+                raise
             code = status(error)
             return redact(f"it answered {code}" if code else f"{type(error).__name__}: {error}", [self.token])
-        except Exception as error:
-            # httpx's errors are no children of OSError.
-            return redact(f"{type(error).__name__}: {error}", [self.token])
         return ""
 
     def _do(self, action: Any) -> Any:
@@ -124,7 +123,7 @@ class _Source:
 
     def download(self, names: Sequence[str], revision: str | None, force: bool) -> Path:
         """Fetch files by their names, those that are there, and return their folder in the cache."""
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import errors, snapshot_download
 
         def action() -> str:
             return snapshot_download(
@@ -133,11 +132,19 @@ class _Source:
                 token=self.token,
                 cache_dir=self.cache_dir,
                 force_download=force,
-                local_files_only=self.local_files_only,
+                local_files_only=self.local_files_only or bool(self.unreachable),
                 allow_patterns=[re.sub(r"([*?[])", r"[\1]", name) for name in names],
             )
 
-        return Path(action() if self.unreachable else self._do(action))
+        if not self.unreachable:
+            return Path(self._do(action))
+        try:
+            return Path(action())
+        except errors.LocalEntryNotFoundError as error:
+            raise HubError(
+                f"The delta {self.repo!r} (which is no folder here) is not in the Hub's cache, or not all of it, and the Hub "
+                f"cannot be reached: {self.unreachable}."
+            ) from error
 
     def warn_if_stale(self, found: Path) -> None:
         """Say that the commit in the cache may not be the newest."""

@@ -142,7 +142,7 @@ def persistently(
     Raises:
         Exception: What the client raised last.
     """
-    say = say or log.warning
+    say = log.warning if say is None else say
     start, limit = time.monotonic(), attempts or ATTEMPTS
     for attempt in range(1, limit + 1):
         try:
@@ -172,14 +172,19 @@ def _bounded() -> Iterator[None]:
     """Let the client's requests end after `TIMEOUT` seconds of silence; one that has a limit of its own keeps it."""
     from huggingface_hub import get_session
 
+    def limit(request: Any) -> None:
+        # The client sets no limit for most requests, and for some it asks that there be none.
+        limits = request.extensions.get("timeout") or {}
+        kinds = ("connect", "read", "write", "pool")
+        request.extensions["timeout"] = {k: TIMEOUT if limits.get(k) is None else limits[k] for k in kinds}
+
     session = get_session()
-    before = session.timeout
-    if before.read is None:
-        session.timeout = TIMEOUT
+    before = session.event_hooks
+    session.event_hooks = {**before, "request": [*before.get("request", []), limit]}
     try:
         yield
     finally:
-        session.timeout = before
+        session.event_hooks = before
 
 
 def _briefly(error: BaseException) -> str:
@@ -217,11 +222,16 @@ def explained(what: str, advice: str = "", token: str | None = None) -> Iterator
         (OSError, "the Hub cannot be reached"),
         (ValueError, "the Hub's client refuses it"),
     ]
+    kinds = tuple(kind for kind, _ in reasons)
     try:
         yield
     except DeltaExpError:
         raise
-    except tuple(kind for kind, _ in reasons) as error:
+    except Exception as raised:
+        # The client makes a RuntimeError of an upload that failed, after attempts of its own.
+        error = raised.__cause__ if isinstance(raised, RuntimeError) else raised
+        if not isinstance(error, kinds):
+            raise
         reason = next(text for kind, text in reasons if isinstance(error, kind))
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, (ConnectionError, TimeoutError)):
             reason = reason if isinstance(error, FileNotFoundError) else "this machine refuses to read or write a file"

@@ -86,7 +86,7 @@ def push(
     saved = checkpoint.read_config(Path(folder))
     wishes = {"private": private, "revision": revision, "tag": tag, "create_pr": create_pr or None, "message": message}
     again = resume_command(folder, repo_id, {**wishes, "parent_commit": parent_commit})
-    upload = _Upload(HfApi(token=token), repo_id, revision, files, say or log.warning)
+    upload = _Upload(HfApi(token=token), repo_id, revision, files, log.warning if say is None else say)
     advice = f"The delta is safe in {str(folder)!r}; push it later with: {again}"
     with explained(f"The delta could not be pushed to {repo_id!r}", advice, token):
         upload.check_card(advice)
