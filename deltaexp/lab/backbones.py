@@ -81,7 +81,7 @@ def load(config: BackboneConfig, task: TaskConfig) -> Backbone:
             names = dict(enumerate(task.labels))
             options |= {"id2label": names, "label2id": {label: number for number, label in names.items()}}
             options |= {"num_labels": len(task.labels)}
-        tokenizer = _tokenizer(config, place)
+        tokenizer = load_tokenizer(config, place)
         dtype = getattr(torch, config.dtype)
         with _without_report(), read_ahead(place, dtype):
             model, info = chosen.from_pretrained(place, dtype=dtype, output_loading_info=True, **options)
@@ -94,13 +94,14 @@ def load(config: BackboneConfig, task: TaskConfig) -> Backbone:
     return Backbone(model, tokenizer, config.source, new_patterns(model, info["missing_keys"]))
 
 
-def load_recorded(config: BackboneConfig, folder: Path, delta_config: DeltaConfig) -> nn.Module:
+def load_recorded(config: BackboneConfig, folder: Path, delta_config: DeltaConfig, labels: int | None = None) -> nn.Module:
     """Load a backbone as the class, and in the dtype, in which a saved delta was trained.
 
     Args:
         config: Where the backbone is.
         folder: The folder of the delta.
         delta_config: Its config.
+        labels: How many labels a classifier has, where the folder has no manifest that tells.
 
     Raises:
         ConfigError: If transformers has no such class.
@@ -120,7 +121,8 @@ def load_recorded(config: BackboneConfig, folder: Path, delta_config: DeltaConfi
         # The head is the delta's own; how many labels it has is told by its last weight, of shape (labels, dim).
         heads = [p for p in delta_config.unfrozen_modules if p != "deltas"]
         last = [d.shape[0] for n, d in sorted(manifest.delta.items()) if len(d.shape) == 2 and any(covers(p, n) for p in heads)]
-        options |= {"num_labels": last[-1]} if last else {}
+        labels = last[-1] if last else labels
+    options |= {"num_labels": labels} if labels else {}
     place = location(config.source)
     try:
         with _without_report(), read_ahead(place, dtype):
@@ -202,7 +204,8 @@ def auto_class(settings: Any, task: TaskConfig, name: str) -> Any:
     return transformers.AutoModelForSeq2SeqLM
 
 
-def _tokenizer(config: BackboneConfig, place: str) -> Any:
+def load_tokenizer(config: BackboneConfig, place: str) -> Any:
+    """Load the tokenizer of a backbone, which is at a place (see `location`)."""
     if config.tokenizer == "byt5":
         return transformers.ByT5Tokenizer()
     options = {"revision": config.revision} if config.revision and config.tokenizer is None else {}
