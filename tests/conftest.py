@@ -2,13 +2,21 @@
 
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before torch is imported: the processes of pytest-xdist share the cores, and so would their threads.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Read by tokenizers at import: the suite runs on small machines, beside other work.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
 import pytest
 from hub_fixtures import hub, hub_client
 
 __all__ = ["hub", "hub_client"]
 
-# Read by tokenizers and OpenMP at import: the suite runs on small machines, beside other work.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes minutes, so that no process is left alone with it in the end."""
+    items.sort(key=lambda item: "test_minilm" not in item.nodeid)
 
 
 @pytest.fixture(autouse=True)
