@@ -75,7 +75,7 @@ def search(
         return list(islice((one for one in found if not base or _fits(one.base, base)), limit))
 
     with explained("The Hub could not be searched", token=token):
-        return persistently("searching", action)
+        return persistently("searching", action, attempts=1)  # the client itself tries again
 
 
 def _fits(found: str | None, wanted: str) -> bool:

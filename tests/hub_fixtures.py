@@ -8,11 +8,12 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -155,3 +156,15 @@ def hub_client(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         warnings.filterwarnings("ignore", "Use 'content=", DeprecationWarning)
         yield HubClient(hub, home, monkeypatch)
     close_session()
+
+
+@pytest.fixture
+def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What is slept, instead of sleeping it: deltaexp's waiting and the client's own."""
+    slept: list[float] = []
+
+    clock = SimpleNamespace(**{**vars(time), "sleep": slept.append})
+    for module in (hubclient, "huggingface_hub.utils._http", "huggingface_hub.file_download"):
+        module = importlib.import_module(module) if isinstance(module, str) else module
+        monkeypatch.setattr(module, "time", clock)
+    return slept

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import time
 from email.utils import formatdate
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
 import pytest
-from hub_fixtures import TOKEN, HubClient
+from hub_fixtures import TOKEN, HubClient, naps
 from models import FAMILIES, attach
 from test_hub import REPO, WEIGHTS, content, folder, original, refused_push
 
@@ -19,7 +17,7 @@ from deltaexp import AutoDeltaModel, HashCheck, checkpoint, hub, hubclient, publ
 from deltaexp.errors import CardError, HubConflictError, HubError, MissingFileError, UnsafeFileError
 from deltaexp.lab import pushing
 
-__all__ = ["folder", "original"]
+__all__ = ["folder", "naps", "original"]
 
 BERT = FAMILIES["bert"]
 STEPS = {
@@ -48,18 +46,6 @@ class Said(list):
 @pytest.fixture
 def said() -> Said:
     return Said()
-
-
-@pytest.fixture
-def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """What is slept, instead of sleeping it: deltaexp's waiting and the client's own."""
-    slept: list[float] = []
-
-    clock = SimpleNamespace(**{**vars(time), "sleep": slept.append})
-    for module in (hubclient, "huggingface_hub.utils._http", "huggingface_hub.file_download"):
-        module = importlib.import_module(module) if isinstance(module, str) else module
-        monkeypatch.setattr(module, "time", clock)
-    return slept
 
 
 def held(client: HubClient, revision: str = "main") -> dict[str, bytes]:

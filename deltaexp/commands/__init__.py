@@ -23,7 +23,7 @@ def names() -> list[str]:
 
 def load(name: str) -> ModuleType:
     """Return the module of a command; one that is named after a word of Python's ends in an underscore."""
-    return importlib.import_module(f"{__name__}.{name}_" if name == "import" else f"{__name__}.{name}")
+    return importlib.import_module(f"{__name__}.{name}_" if name in ("import", "list") else f"{__name__}.{name}")
 
 
 def parted(words: Sequence[str], command: str, known: Iterable[str] = (), places: str = "") -> tuple[list[str], dict[str, str]]:
