@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from deltaexp.checksum import TensorDigest, digests, file_sha256, model_md5
+from deltaexp.checksum import TensorDigest, digests, file_sha256, model_md5, model_sha256
 from deltaexp.errors import (
     CheckpointError,
     DamagedFileError,
@@ -72,7 +72,7 @@ def write(
 
     Args:
         folder: Where to; made if it does not exist.
-        config: The config with its `saved_with`, whose ``backbone_hash`` is filled in here.
+        config: The config with its `saved_with`, whose hashes are filled in here.
         tensors: The trained tensors under their full names.
         base: Digests of the rest of the model.
         card: Text of the model card.
@@ -88,7 +88,8 @@ def write(
     # One buffer per tensor, in the plainest form: safetensors refuses views and writes what it gets.
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     delta = digests(plain)
-    config.saved_with = dataclasses.replace(config.saved_with, backbone_hash=model_md5({**base, **delta}))
+    hashes = {"backbone_hash": model_md5({**base, **delta}), "base_sha256": model_sha256(base)}
+    config.saved_with = dataclasses.replace(config.saved_with, **hashes)
     record = {k: v for k, v in dataclasses.asdict(config.saved_with).items() if v is not None}
 
     def fill(stage: Path) -> None:

@@ -66,11 +66,17 @@ def digests(tensors: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tens
 
 def model_md5(tensors: Mapping[str, TensorDigest]) -> str:
     """Return the md5 of a model: over name, dtype, shape and byte digest of every tensor, in the order of names."""
-    md5 = hashlib.md5(usedforsecurity=False)
-    for name in sorted(tensors):
-        digest = tensors[name]
-        md5.update(f"{name}\t{digest.dtype}\t{','.join(map(str, digest.shape))}\t{digest.sha256}\n".encode())
-    return md5.hexdigest()
+    return hashlib.md5(_lines(tensors), usedforsecurity=False).hexdigest()
+
+
+def model_sha256(tensors: Mapping[str, TensorDigest]) -> str:
+    """Return the sha256 over the same as `model_md5`."""
+    return hashlib.sha256(_lines(tensors)).hexdigest()
+
+
+def _lines(tensors: Mapping[str, TensorDigest]) -> bytes:
+    found = ((name, tensors[name]) for name in sorted(tensors))
+    return "".join(f"{name}\t{d.dtype}\t{','.join(map(str, d.shape))}\t{d.sha256}\n" for name, d in found).encode()
 
 
 def file_sha256(path: Path) -> str:

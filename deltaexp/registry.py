@@ -44,6 +44,8 @@ class SavedWith:
     backbone_revision: Optional[str] = None
     backbone_hash: Optional[str] = None
     """md5 of the trained model, delta included (see `deltaexp.checksum.model_md5`); None where none was recorded."""
+    base_sha256: Optional[str] = None
+    """sha256 of what the delta was put on (see `deltaexp.checksum.model_sha256`), the same whatever the delta is."""
     deltaexp_version: Optional[str] = None
     transformers_version: Optional[str] = None
     origin: Optional[str] = None

@@ -14,7 +14,7 @@ from torch import nn
 
 from deltaexp.addressing import covers
 from deltaexp.checkpoint import CONFIG, WEIGHTS, SavedDelta
-from deltaexp.checksum import Difference, TensorDigest, compare, digests, model_md5
+from deltaexp.checksum import Difference, TensorDigest, compare, digests, model_md5, model_sha256
 from deltaexp.errors import (
     BackboneDtypeError,
     BackboneMismatchError,
@@ -99,6 +99,12 @@ def check_saved(saved: SavedDelta, everything: bool = True) -> list[Check]:
         checks.append(Check("recorded hash", False, "no hash of the trained model was recorded"))
         return checks
     found = model_md5({**manifest.base, **manifest.delta})
+    base, of_base = saved.config.saved_with.base_sha256, model_sha256(manifest.base)
+    if found == recorded and base not in (None, of_base):
+        raise HashMismatchError(
+            f"The digests of the base in the manifest of the delta in {where} have the sha256 {of_base}, and config.json "
+            f"records {base}. One of the two was changed after it was saved; fetch the delta again."
+        )
     if found != recorded:
         raise HashMismatchError(
             f"The digests in the manifest of the delta in {where} have the md5 {found}, and config.json records {recorded} for "

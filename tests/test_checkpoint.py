@@ -241,3 +241,14 @@ def test_folders_that_hold_no_delta(tmp_path: Path) -> None:
     (tmp_path / "delta" / "config.json").write_text("[]")
     with pytest.raises(DamagedFileError, match="not a JSON object"):
         AutoDeltaModel.from_finetuned(tmp_path / "delta", BERT.build())
+
+
+def test_the_digest_of_the_base_depends_on_nothing_but_the_base(tmp_path: Path) -> None:
+    found = []
+    for number, (delta_type, seed) in enumerate([("lora", 1), ("lora", 2), ("adapter", 1), ("bitfit", 1), ("full", 1)]):
+        attach(BERT.build(), delta_type, seed=seed).save_finetuned(tmp_path / str(number))
+        found.append(AutoDeltaConfig.from_finetuned(tmp_path / str(number)).saved_with)
+    assert len({record.base_sha256 for record in found}) == 1
+    assert len({record.backbone_hash for record in found}) == 5
+    attach(BERT.build(seed=1), "lora").save_finetuned(tmp_path / "other")
+    assert AutoDeltaConfig.from_finetuned(tmp_path / "other").saved_with.base_sha256 != found[0].base_sha256

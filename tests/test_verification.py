@@ -288,6 +288,14 @@ def test_other_values_in_the_delta(folder: Path) -> None:
     assert json.loads((folder / "config.json").read_text())["backbone_hash"] in str(error)
 
 
+def test_a_changed_digest_of_the_base(folder: Path) -> None:
+    edit_config(folder, lambda values: values.update(base_sha256="0" * 64))
+    reseal(folder)
+    error = refusal(folder, BERT.build())
+    assert type(error) is HashMismatchError
+    assert "0" * 64 in str(error)
+
+
 def test_a_changed_config(folder: Path) -> None:
     edit_config(folder, lambda values: values.update(lora_r=4))
     assert type(refusal(folder, BERT.build())) is DamagedFileError
