@@ -11,6 +11,7 @@ import pytest
 import torch
 from models import FAMILIES, attach, logits, md5, same, slow_but, snapshot, values
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft_adapters import KEYS, KNOWN, settings
 from safetensors.torch import load_file
 from torch import nn
 
@@ -18,47 +19,7 @@ from deltaexp import AutoDeltaConfig, AutoDeltaModel, DeltaModel, HashCheck
 from deltaexp.deltas.peft import METHODS_ELSEWHERE
 from deltaexp.errors import AddressingError, ConfigError
 
-KEYS: dict[str, dict] = {
-    "BEFT": {},
-    "BOFT": {"boft_block_size": 4},
-    "C3A": {"block_size": 4},
-    "DELORA": {},
-    "FOURIERFT": {"n_frequency": 10},
-    "GRALORA": {"r": 4, "gralora_k": 2},
-    "HIRA": {},
-    "HRA": {},
-    "IA3": {"feedforward_modules": []},
-    "LN_TUNING": {},
-    "LOHA": {},
-    "LOKR": {},
-    "LORA": {"r": 2, "use_dora": True, "bias": "lora_only"},
-    "MISS": {"r": 4},
-    "OFT": {"oft_block_size": 4},
-    "PROMPT_TUNING": {"num_virtual_tokens": 3},
-    "P_TUNING": {"num_virtual_tokens": 3},
-    "RANDLORA": {"r": 4},
-    "ROAD": {"group_size": 4},
-    "SHIRA": {"r": 2},
-    "TRAINABLE_TOKENS": {"token_indices": [11, 14, 15]},
-    "VBLORA": {"num_vectors": 8, "vector_length": 4, "r": 2},
-    "VERA": {},
-    "WAVEFT": {"n_frequency": 10},
-}
-"""What is tested of each method; the modules are chosen in `settings`."""
-KNOWN = {kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
-"""What the PEFT that is installed has."""
-WITHOUT_MODULES = {"PROMPT_TUNING", "P_TUNING", "TRAINABLE_TOKENS"}
 quiet = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning", "ignore::UserWarning:peft")
-
-
-def settings(method: str, name: str) -> dict:
-    """Return the keys of PEFT's config of a method for one family of backbones."""
-    keys = {"peft_type": method, **KEYS[method]}
-    if method == "LN_TUNING":
-        keys["target_modules"] = ["LayerNorm" if name == "bert" else "input_layernorm"]
-    elif method not in WITHOUT_MODULES:
-        keys["target_modules"] = ["query", "value"] if name == "bert" else ["q_proj", "down_proj"]
-    return keys
 
 
 def hung(backbone: nn.Module, seed: int | None = None, **keys: object) -> DeltaModel:
