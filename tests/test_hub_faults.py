@@ -10,7 +10,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 from hub_fixtures import TOKEN, HubClient, naps
-from models import FAMILIES, attach
+from models import FAMILIES, attach, slow_but
 from test_hub import REPO, WEIGHTS, content, folder, original, refused_push
 
 from deltaexp import AutoDeltaModel, HashCheck, checkpoint, hub, hubclient, publishing
@@ -68,8 +68,10 @@ def complete(client: HubClient, original: dict[str, bytes]) -> None:
 # --- what passes ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("status", [500, 429])
+@pytest.mark.parametrize(
+    "step", slow_but(STEPS, ("the repository", "the head", "what to upload", "the commit", "the way back"))
+)
+@pytest.mark.parametrize("status", [500, pytest.param(429, marks=pytest.mark.slow)])
 def test_an_error_that_passes(
     hub_client: HubClient, folder: Path, original: dict[str, bytes], said: Said, naps: list[float], step: str, status: int
 ) -> None:
@@ -81,7 +83,7 @@ def test_an_error_that_passes(
     complete(hub_client, original)
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", slow_but(STEPS, ("the repository", "the commit", "the weights' way back")))
 def test_a_connection_that_breaks(
     hub_client: HubClient, folder: Path, original: dict[str, bytes], said: Said, naps: list[float], step: str
 ) -> None:
@@ -168,7 +170,7 @@ def test_a_hub_that_says_nothing(
 # --- what does not ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", ["the card", "the head", "what to upload", "the commit", "the way back"])
+@pytest.mark.parametrize("step", slow_but(STEPS, ("the card", "the commit")))
 @pytest.mark.parametrize("action", ["status", "drop"])
 def test_a_fault_that_stays(
     hub_client: HubClient, folder: Path, original: dict[str, bytes], naps: list[float], step: str, action: str
@@ -178,7 +180,7 @@ def test_a_fault_that_stays(
     refused_push(folder)
     assert sum(naps) < 120
     hub_client.hub.faults.clear()
-    if step != "the way back":
+    if "way back" not in step:
         # Nothing that loads is there.
         assert not hub_client.hub.repos or held(hub_client) == {}
         with pytest.raises((HubError, checkpoint.CheckpointError)):

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from hub_fixtures import HubClient
+from hub_fixtures import HubClient, naps
 from huggingface_hub import constants
-from models import FAMILIES
+from models import FAMILIES, slow_but
 from test_hub import REPO, WEIGHTS, folder, original
 
 from deltaexp import AutoDeltaConfig, AutoDeltaModel, HashCheck, hub, hubclient, publishing
 from deltaexp.errors import CheckpointError, DamagedFileError, HubError, MissingFileError, UnsafeFileError
 from deltaexp.manifest import MANIFEST, dump, sealed
 
-__all__ = ["folder", "original"]
+__all__ = ["folder", "naps", "original"]
 
 BERT = FAMILIES["bert"]
 
@@ -117,7 +117,7 @@ def test_offline_by_wish(hub_client: HubClient, pushed: str, monkeypatch: pytest
     assert hub_client.hub.requests == []
 
 
-@pytest.mark.parametrize("status", [500, 503, 429])
+@pytest.mark.parametrize("status", [500, *(pytest.param(status, marks=pytest.mark.slow) for status in (503, 429))])
 def test_a_stale_answer_is_said(hub_client: HubClient, pushed: str, original: dict[str, bytes], status: int) -> None:
     hub.fetch(REPO)
     newest = put(hub_client, {**original, "notes.md": b"new"})
@@ -132,14 +132,16 @@ def test_a_stale_answer_is_said(hub_client: HubClient, pushed: str, original: di
 
 
 @pytest.mark.parametrize("step", [f"/api/models/{REPO}$", "/tree/", "/resolve/", "^/storage/"])
-@pytest.mark.parametrize("action", ["status", "drop"])
-def test_a_fault_that_passes_is_not_noticed(hub_client: HubClient, pushed: str, step: str, action: str) -> None:
+@pytest.mark.parametrize("action", slow_but(["status", "drop"], ("drop",)))
+def test_a_fault_that_passes_is_not_noticed(
+    hub_client: HubClient, pushed: str, naps: list[float], step: str, action: str
+) -> None:
     fault = hub_client.hub.faults.add(action, method="GET", path_regex=step)
     assert hub.fetch(REPO).name == pushed
     assert fault.hits == 1
 
 
-def test_a_download_that_is_cut(hub_client: HubClient, pushed: str) -> None:
+def test_a_download_that_is_cut(hub_client: HubClient, pushed: str, naps: list[float]) -> None:
     fault = hub_client.hub.faults.add("cut", method="GET", path_regex="^/storage/")
     assert AutoDeltaModel.from_finetuned(REPO, BERT.build()).hash_check is HashCheck.MATCH
     assert fault.hits == 1
@@ -166,7 +168,7 @@ def test_a_copy_that_is_half_there(hub_client: HubClient, pushed: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["config.json", MANIFEST, WEIGHTS])
-@pytest.mark.parametrize("damage", ["flipped", "truncated", "empty"])
+@pytest.mark.parametrize("damage", slow_but(["flipped", "truncated", "empty"], ("flipped",)))
 def test_a_damaged_cache_is_healed(
     hub_client: HubClient, pushed: str, original: dict[str, bytes], name: str, damage: str
 ) -> None:

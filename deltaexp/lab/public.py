@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from deltaexp.errors import ConfigError, unknown
@@ -54,7 +54,10 @@ def _shown(value: Any, key: str) -> Any:
         return publishable(value)
     if isinstance(value, (list, tuple)):
         return [_shown(one, key) for one in value]
-    return Path(value.rstrip("/\\")).name or "local" if isinstance(value, str) and is_local(value) else value
+    if not (isinstance(value, str) and is_local(value)):
+        return value
+    name = PureWindowsPath(value).name  # which takes both kinds of slashes
+    return name if name.strip(".~") else "local"
 
 
 def is_local(text: str) -> bool:
