@@ -134,6 +134,9 @@ def _modules(delta_model: DeltaModel) -> list[str] | None:
         return [name for pair in pairs for name in pair]
     if kind == "bitfit":
         own = backbone_parameters(delta_model.backbone_model)
+        for attachment in delta_model.attachments:
+            if not isinstance(attachment.module, (torch.nn.Linear, torch.nn.LayerNorm)):
+                raise _refused(delta_model, f"OpenDelta does not save the bias that {attachment.site!r} would get")
         biases = {name.rpartition(".")[0] for name in delta_model._in_place}
         return _containing(delta_model, [name for name in _with_bias(own) if name in biases], _with_bias(own)) + _sites(
             delta_model
