@@ -28,7 +28,7 @@ class AutoDeltaConfig:
     @staticmethod
     def from_finetuned(path_or_repo: str | Path, **hub_options: Any) -> DeltaConfig:
         """Read the config of a saved delta from a folder or a repository (see `DeltaModel.from_finetuned`)."""
-        folder = hub.fetch(path_or_repo, **hub_options)
+        folder = hub.fetch(path_or_repo, needs="config", **hub_options)
         return interop.read_config(folder)
 
 

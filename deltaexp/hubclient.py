@@ -170,7 +170,7 @@ def persistently(
 @contextmanager
 def _bounded() -> Iterator[None]:
     """Let the client's requests end after `TIMEOUT` seconds of silence; one that has a limit of its own keeps it."""
-    from huggingface_hub import get_session
+    from huggingface_hub.utils import get_session
 
     def limit(request: Any) -> None:
         # The client sets no limit for most requests, and for some it asks that there be none.
@@ -221,6 +221,7 @@ def explained(what: str, advice: str = "", token: str | None = None) -> Iterator
         (errors.HTTPError, "the Hub cannot be reached"),  # of httpx or httpx2, whichever this client uses
         (OSError, "the Hub cannot be reached"),
         (ValueError, "the Hub's client refuses it"),
+        (RuntimeError, "the Hub's client could not upload or download a file"),
     ]
     kinds = tuple(kind for kind, _ in reasons)
     try:
@@ -229,7 +230,7 @@ def explained(what: str, advice: str = "", token: str | None = None) -> Iterator
         raise
     except Exception as raised:
         # The client makes a RuntimeError of an upload that failed, after attempts of its own.
-        error = raised.__cause__ if isinstance(raised, RuntimeError) else raised
+        error = raised.__cause__ if isinstance(raised, RuntimeError) and raised.__cause__ else raised
         if not isinstance(error, kinds):
             raise
         reason = next(text for kind, text in reasons if isinstance(error, kind))
