@@ -286,7 +286,7 @@ class DeltaModel:
             ProbeMismatchError: If the logits differ, or none were saved.
             HubError: If the repository cannot be fetched.
         """
-        folder = hub.fetch(path_or_repo, **hub_options)
+        folder = hub.fetch(path_or_repo, needs="all" if check_probe else "delta", **hub_options)
         saved = interop.read(folder, backbone_model)
         if cls.config_class is not None and not isinstance(saved.config, cls.config_class):
             raise CheckpointError(

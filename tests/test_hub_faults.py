@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from email.utils import formatdate
 from pathlib import Path
@@ -9,7 +11,8 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from hub_fixtures import TOKEN, HubClient, naps
+from hub_fixtures import TOKEN, HubClient, hub_env, naps
+from hub_server import HubServer
 from models import FAMILIES, attach, slow_but
 from test_hub import REPO, WEIGHTS, content, folder, original, refused_push
 
@@ -417,3 +420,26 @@ def test_a_hub_that_repeats_the_token(
     for file in tmp_path.rglob("*"):
         if file.is_file():
             assert TOKEN.encode() not in file.read_bytes(), file
+
+
+# --- the other way to upload ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("regular", [True, False])
+def test_a_client_with_xet(folder: Path, original: dict[str, bytes], tmp_path: Path, regular: bool) -> None:
+    """It is one commit with xet, too; a Hub that has no such storage leaves the repository empty, and the command says so."""
+    with HubServer({TOKEN: ("ada", ["DeltaHub"])}, lfs=not regular) as server:
+        env = hub_env(server, tmp_path, TOKEN) | {"HF_HUB_DISABLE_XET": "0"}
+        words = [sys.executable, "-m", "deltaexp", "push", str(folder), REPO]
+        done = subprocess.run(words, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+        files = server.read(REPO)
+        del files[".gitattributes"]
+        if regular:
+            assert done.returncode == 0, done.stderr
+            assert (files, len(server.repos["model", REPO].commits)) == (original, 2)
+        else:
+            assert done.returncode == 1
+            assert files == {}
+            assert f"push it later with: python -m deltaexp push {folder} {REPO}" in done.stderr
+        assert (server.errors, server.leaks) == ([], [])

@@ -11,7 +11,7 @@ import huggingface_hub
 import pytest
 from hub_fixtures import HubClient, naps
 from huggingface_hub import constants
-from models import FAMILIES, slow_but
+from models import FAMILIES, attach, slow_but
 from test_hub import REPO, WEIGHTS, folder, original
 
 from deltaexp import AutoDeltaConfig, AutoDeltaModel, HashCheck, hub, hubclient, publishing
@@ -256,3 +256,13 @@ def test_names_that_are_no_repository(
     with pytest.raises(CheckpointError, match="no name of a repository"):
         hub.fetch(name)
     assert hub_client.hub.requests == []
+
+
+def test_the_probe_is_fetched_where_it_is_compared(hub_client: HubClient, tmp_path: Path) -> None:
+    attach(BERT.build()).save_finetuned(tmp_path / "probed", probe=BERT.inputs())
+    publishing.push(tmp_path / "probed", REPO)
+    hub_client.hub.requests.clear()
+    AutoDeltaModel.from_finetuned(REPO, BERT.build())
+    assert "probe.safetensors" not in fetched(hub_client)
+    assert AutoDeltaModel.from_finetuned(REPO, BERT.build(), check_probe=True).hash_check is HashCheck.MATCH
+    assert "probe.safetensors" in fetched(hub_client)
