@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from deltaexp.addressing import covers
 from deltaexp.digest_cache import read_ahead
-from deltaexp.errors import ConfigError, DeltaExpError, listing
+from deltaexp.errors import BackboneMismatchError, ConfigError, DeltaExpError, listing
 from deltaexp.lab.config import BackboneConfig, TaskConfig
 from deltaexp.manifest import read_manifest
 from deltaexp.registry import DeltaConfig
@@ -125,6 +125,13 @@ def load_recorded(config: BackboneConfig, folder: Path, delta_config: DeltaConfi
     options |= {"num_labels": labels} if labels else {}
     place = location(config.source)
     try:
+        found = transformers.AutoConfig.from_pretrained(place, trust_remote_code=config.trust_remote_code, **options)
+        wanted = getattr(getattr(chosen, "config_class", None), "model_type", None)
+        if wanted and found.model_type != wanted:
+            raise BackboneMismatchError(
+                f"The delta was trained on a {name}, and the backbone {config.name!r} is a {found.model_type} model. Name the "
+                "backbone it was trained on."
+            )
         with _without_report(), read_ahead(place, dtype):
             return chosen.from_pretrained(place, dtype=dtype, trust_remote_code=config.trust_remote_code, **options)
     except (OSError, ValueError) as error:
