@@ -123,7 +123,7 @@ def check_card(text: str) -> None:
         )
     if is_secret(text):
         raise CardError("The model card holds what looks like an access token or a password. Take it out of README.md.")
-    data = _metadata(text)
+    data = metadata(text)
     for key in ("base_model", "datasets"):
         for name in _several(data.get(key)):
             if not isinstance(name, str) or not _is_repo(name, True):
@@ -147,7 +147,7 @@ def check_card(text: str) -> None:
         raise CardError(f"library_name in the model card is {data.get('library_name')!r}; it must be {LIBRARY!r}.")
 
 
-def _metadata(text: str) -> dict[str, Any]:
+def metadata(text: str) -> dict[str, Any]:
     """Return a card's metadata, read as YAML that can make nothing but plain values."""
     from huggingface_hub import ModelCard
 

@@ -11,7 +11,7 @@ from deltaexp.errors import ConfigError
 if TYPE_CHECKING:
     from deltaexp.searching import Found
 
-USAGE = "list [base=...] [task=...] [delta_type=...] [author=...] [limit=20] [--json]    find deltas on the Hugging Face Hub"
+USAGE = "list [key=value ...] [--json]    find deltas on the Hub by base, task, delta_type and author [limit=20]"
 OPTIONS = ("base", "task", "delta_type", "author", "limit")
 
 

@@ -12,7 +12,7 @@ from deltaexp.errors import ConfigError, did_you_mean
 from deltaexp.hubclient import check_push
 from deltaexp.redaction import is_secret, redact
 
-USAGE = "push FOLDER [ORG/NAME] [key=value ...]    push a saved delta to the Hugging Face Hub"
+USAGE = "push FOLDER [ORG/NAME] [key=value ...]    push a saved delta to the Hub [private=true tag=... ...]"
 SWITCHES = ("private", "create_pr")
 OPTIONS = (*SWITCHES, "revision", "tag", "parent_commit", "message", "license")
 

@@ -23,6 +23,7 @@ from deltaexp import card, checkpoint
 from deltaexp.errors import CheckpointError
 from deltaexp.lab import backbones, public
 from deltaexp.lab.schema import choices
+from deltaexp.lab.tasks.data import SPLITS
 from deltaexp.manifest import check_files, read_manifest
 from deltaexp.registry import DeltaConfig
 from deltaexp.visualize import STYLES, Visualization
@@ -30,6 +31,8 @@ from deltaexp.visualize import STYLES, Visualization
 PICTURE = "structure.svg"
 TASK_TYPES = {"classification": "text-classification", "seq2seq": "text2text-generation"}
 """The Hub's names for the kinds of tasks."""
+PURPOSES = ("init", "data", "dropout")
+"""What the seeds of a run are for."""
 ASIDE = {"seed", "seeds", "hub", "tracker", "resume"}
 """Keys of a config in which runs may differ whose results are compared over seeds."""
 ASIDE_TRAINER = {"progress", "save_every", "keep_checkpoints", "cpu", "eval_batch_size"}
@@ -118,9 +121,11 @@ def refresh(folder: str | Path, hub: dict[str, Any]) -> bool:
     results = of_run(folder)
     if results is None:
         return False
-    config = checkpoint.read_config(folder)
-    text = build(config, results, folder, hub)
-    if text != (folder / checkpoint.CARD).read_text(encoding="utf-8"):
+    before = (folder / checkpoint.CARD).read_text(encoding="utf-8")
+    # A licence that was given once stays, though no config knows it.
+    license_ = hub.get("license") or results["config"]["hub"].get("license") or card.metadata(before).get("license")
+    text = build(checkpoint.read_config(folder), results, folder, {**hub, "license": license_})
+    if text != before:
         checkpoint.add_files(folder, {checkpoint.CARD: text})
     return True
 
@@ -177,13 +182,18 @@ def _spread(values: Sequence[float]) -> str:
     return f"{mean:.4f} ± {statistics.stdev(values):.4f}" if len(values) > 1 else f"{mean:.4f}"
 
 
+def _names(results: dict[str, Any]) -> list[str]:
+    """Return the names of the metrics, the task's own first."""
+    return sorted(results["metrics"]["after"], key=lambda name: (name != results["task_metric"], name))
+
+
 def _evaluated(results: dict[str, Any], others: Sequence[dict[str, Any]], dataset: str | None) -> list[Any]:
     """Return the metrics for the card's model-index, the task's own first."""
     from huggingface_hub import EvalResult
 
     task, split = results["config"]["task"], results["evaluated_on"]
     after = results["metrics"]["after"]
-    names = sorted(after, key=lambda name: name != results["task_metric"])
+    names = _names(results)
     values = [(name, name, after[name]) for name in names]
     for name in names if others else []:
         every = [after[name], *(one["metrics"]["after"][name] for one in others)]
@@ -209,7 +219,8 @@ def _metrics(results: dict[str, Any], others: Sequence[dict[str, Any]]) -> str:
     before, after = results["metrics"]["before"], results["metrics"]["after"]
     several = f" {len(others) + 1} seeds |" if others else ""
     rows = []
-    for name, value in after.items():
+    for name in _names(results):
+        value = after[name]
         old = f"{before[name]:.4f}" if name in before else ""
         spread = f" {_spread([value, *(one['metrics']['after'][name] for one in others)])} |" if others else ""
         rows.append(f"| {name} | {old} | {value:.4f} |{spread}")
@@ -230,21 +241,22 @@ def _metrics(results: dict[str, Any], others: Sequence[dict[str, Any]]) -> str:
 
 def _seed(results: dict[str, Any]) -> str:
     """Return a run's seed, or its seeds where they differ."""
-    seeds = results["seeds"]
-    return str(results["config"]["seed"]) if len(set(seeds.values())) == 1 else "/".join(str(value) for value in seeds.values())
+    seeds = [str(results["seeds"][name]) for name in PURPOSES]
+    return seeds[0] if len(set(seeds)) == 1 else "/".join(seeds)
 
 
 def _trained(results: dict[str, Any]) -> str:
     """Return how it was trained, and the config of the run."""
     run, versions, memory = results["config"], results["versions"], results["peak_memory_bytes"]
     peak = memory.get("cuda", memory.get("training", memory.get("process", 0)))
+    batch = run["trainer"]["batch_size"] * run["trainer"]["gradient_accumulation_steps"]
     libraries = ("deltaexp", "python", "torch", "transformers", "tokenizers", "datasets", "accelerate")
     rows = {
-        "steps": f"{results['steps']:,}, of {run['trainer']['batch_size']} rows each",
-        "rows": ", ".join(f"{split} {count:,}" for split, count in results["rows"].items()),
+        "steps": f"{results['steps']:,}, of {batch} rows each",
+        "rows": ", ".join(f"{split} {results['rows'][split]:,}" for split in SPLITS if split in results["rows"]),
         "trainable parameters": f"{results['parameters']['trainable']:,} of {results['parameters']['backbone']:,}",
         "learning rate": f"{run['trainer']['learning_rate']:g}, {run['trainer']['lr_scheduler']}",
-        "seeds": ", ".join(f"{name} {seed}" for name, seed in results["seeds"].items()),
+        "seeds": ", ".join(f"{name} {results['seeds'][name]}" for name in PURPOSES),
         "time": f"{results['seconds']['train']:.1f} s training, {results['seconds']['total']:.1f} s in all",
         "peak memory": f"{peak / 2**20:,.0f} MiB",
         "hardware": f"{versions['device']}, {versions['platform']}",
@@ -262,7 +274,7 @@ def _digests(results: dict[str, Any]) -> str:
     rows = {
         "the model with the delta (md5)": results["backbone_hash"],
         "the data (sha256)": results["data_fingerprint"],
-        **{f"`{name}` (sha256)": value for name, value in results["digests"].items() if name != checkpoint.CARD},
+        **{f"`{name}` (sha256)": value for name, value in sorted(results["digests"].items()) if name != checkpoint.CARD},
     }
     table = "\n".join(f"| {name} | `{value}` |" for name, value in rows.items())
     return (

@@ -111,6 +111,7 @@ def test_a_card_states_what_was_found(sweep: dict[int, Path]) -> None:
     (config,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
     assert json.loads(config)["trainer"] == results["config"]["trainer"]
     assert "standard deviation" not in text
+    assert modelcard.build(checkpoint.read_config(folder), results, folder) == text  # of the file alone, to the letter
     picture = (folder / "structure.svg").read_text()
     assert picture.startswith("<svg")
     assert "lora_A" in picture.replace("&#160;", " ")
@@ -208,6 +209,15 @@ def test_push_without_a_name_goes_where_the_config_says(
     assert metadata(card)["license"] == "mit"
     assert 'from_finetuned("DeltaHub/other", backbone_model=backbone_model)' in card
     whole(delta)
+    assert main(["push", str(delta), "DeltaHub/third"]) == 0
+    assert metadata((delta / "README.md").read_text())["license"] == "apache-2.0"  # the run's
+
+
+def test_a_licence_that_was_given_once_stays(hub_client: HubClient, delta: Path) -> None:
+    other = delta.parents[1] / "other" / "delta"  # whose config has none
+    assert main(["push", str(other), "DeltaHub/x", "license=mit"]) == 0
+    assert main(["push", str(other), "DeltaHub/y"]) == 0
+    assert metadata(hub_client.hub.read("DeltaHub/y")["README.md"].decode())["license"] == "mit"
 
 
 @pytest.mark.slow
