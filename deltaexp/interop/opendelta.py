@@ -82,7 +82,7 @@ def read(folder: str | Path, backbone: nn.Module) -> SavedDelta:
             f"{str(folder)!r} holds a {PICKLED} and a delta of type {config.delta_type!r}, which OpenDelta does not have. "
             f"Its types: {listing(ATTRIBUTES)}."
         )
-    tensors = _tensors(folder / PICKLED)
+    tensors = read_tensors(folder)
     if config.delta_type == "compacter" and not getattr(config, "learn_phm", True):
         raise CheckpointError(
             f"The compacter in {str(folder)!r} has learn_phm false. OpenDelta does not save the random matrices of such a "
@@ -138,7 +138,13 @@ def _translated(values: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _tensors(path: Path) -> dict[str, torch.Tensor]:
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Read the tensors of a checkpoint, under OpenDelta's names.
+
+    Raises:
+        DamagedFileError: If the file holds anything else.
+    """
+    path = folder / PICKLED
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file leads it into

@@ -8,15 +8,15 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from rich.console import Console
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from deltaexp import checkpoint, hub, interop
 from deltaexp.auto import AutoDeltaConfig
 from deltaexp.errors import CheckpointError, DeltaExpError
-from deltaexp.interop import peft_files
+from deltaexp.interop import opendelta, peft_files
 from deltaexp.lab import backbones
 from deltaexp.lab.config import RunConfig
 from deltaexp.model import DeltaModel
@@ -95,6 +95,8 @@ def import_(place: str, out: str, config: RunConfig, *, revision: str | None = N
 def _backbone(config: RunConfig, folder: Path) -> nn.Module:
     """Load the backbone as the class for which the delta was trained, as far as anything tells."""
     delta_config = AutoDeltaConfig.from_finetuned(folder)
+    if opendelta.recognised(folder):
+        return backbones.load_recorded(config.backbone, folder, delta_config, labels=_labels(folder))
     if not peft_files.recognised(folder):
         return backbones.load_recorded(config.backbone, folder, delta_config)
     adapter = peft_files.read_values(folder)
@@ -115,16 +117,13 @@ def _backbone(config: RunConfig, folder: Path) -> nn.Module:
 
 
 def _labels(folder: Path) -> int | None:
-    """Return how many labels the head in an adapter has; None where there is none."""
-    path = folder / peft_files.WEIGHTS
-    try:
-        with safe_open(path, framework="pt") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - it is no dict
-    except (SafetensorError, OSError):
-        return None  # reading it says what is wrong
-    words = (".classifier.", ".score.", ".qa_outputs.")
-    found = [shape[0] for name, shape in sorted(shapes.items()) if len(shape) == 2 and any(word in name for word in words)]
-    return found[-1] if found else None
+    """Return how many labels the head in another library's folder has; None where there is none."""
+    read = peft_files.read_adapter if peft_files.recognised(folder) else opendelta.read_tensors
+    found: Any = read(folder)
+    tensors: dict[str, torch.Tensor] = getattr(found, "tensors", found)
+    words = ("classifier", "score", "qa_outputs")
+    shapes = [t.shape for name, t in sorted(tensors.items()) if t.dim() == 2 and not set(words).isdisjoint(name.split("."))]
+    return shapes[-1][0] if shapes else None
 
 
 def _name_labels(backbone: Any, folder: Path) -> None:

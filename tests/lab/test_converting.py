@@ -167,3 +167,16 @@ def test_another_backbone_is_refused(
     assert "was trained on a T5ForConditionalGeneration, and the backbone 'bert' is a bert model" in said
     assert "holds a delta of deltaexp already" in said
     assert not list(tmp_path.iterdir())
+
+
+def test_a_classifier_of_opendelta(tmp_path: Path) -> None:
+    golden = Path(__file__).parents[1] / "golden"
+    base = golden / "backbones" / "bert"
+    there = ["backbone=local", f"backbone.source={base}", "backbone.name=bert"]
+    delta = golden / "bert" / "adapter_relu_unfrozen_classifier"
+    assert main(["import", str(delta), f"out={tmp_path / 'ours'}", *there]) == 0
+    assert main(["verify", str(tmp_path / "ours"), *there]) == 0
+    assert main(["export", str(tmp_path / "ours"), "--to", "opendelta", f"out={tmp_path / 'back'}", *there]) == 0
+    first, second = (torch.load(folder / "pytorch_model.bin", weights_only=True) for folder in (delta, tmp_path / "back"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
