@@ -376,3 +376,50 @@ def test_saved_and_loaded(reparameterize: bool, tmp_path: Path) -> None:
     fresh = family.build()
     AutoDeltaModel.from_finetuned(tmp_path, fresh)
     assert torch.equal(logits(fresh, inputs), logits(backbone, inputs))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_positions_behind_the_prefix(name: str, tmp_path: Path) -> None:
+    family = FAMILIES[name]
+    backbone, inputs = family.build(), family.inputs()
+    plain, digest = logits(backbone, inputs), md5(backbone)
+    delta_model = attach(backbone, "prefix", reparameterize=False, prefix_positions="shifted", prefix_token_num=LENGTH)
+    shifted = logits(backbone, inputs)
+    # What the caller counts is counted from there as well.
+    positions = torch.arange(7).expand(2, 7)
+    torch.testing.assert_close(logits(backbone, {**inputs, "position_ids": positions}), shifted)
+    delta_model.save_finetuned(tmp_path)
+    fresh = family.build()
+    loaded = AutoDeltaModel.from_finetuned(tmp_path, fresh)
+    assert torch.equal(logits(fresh, inputs), shifted)
+    for twin in (copy.deepcopy(loaded), pickle.loads(pickle.dumps(loaded))):
+        assert torch.equal(logits(twin.backbone_model, inputs), shifted)
+        twin.detach()
+        assert torch.equal(logits(twin.backbone_model, inputs), plain)
+
+    same_keys = attach(family.build(), "prefix", reparameterize=False, prefix_token_num=LENGTH)
+    same_keys.load_tensors(values(delta_model.delta_tensors()), "the other one")
+    moved = logits(same_keys.backbone_model, {**inputs, "position_ids": positions + LENGTH})
+    torch.testing.assert_close(moved, shifted)
+    assert (logits(same_keys.backbone_model, inputs) - shifted).abs().max() > 1e-4
+
+    if name != "bert":
+        generated = backbone.generate(inputs["input_ids"], max_new_tokens=4, min_new_tokens=4, do_sample=False)
+        ids = inputs["input_ids"]
+        for _ in range(4):
+            ids = torch.cat([ids, logits(backbone, {"input_ids": ids})[:, -1:].argmax(-1)], dim=1)
+        assert torch.equal(generated, ids)
+    delta_model.detach()
+    assert torch.equal(logits(backbone, inputs), plain)
+    assert md5(backbone) == digest
+
+
+@pytest.mark.parametrize("backbone", ["t5", "opt"])
+def test_positions_that_cannot_be_moved(backbone: str) -> None:
+    model = FAMILIES["t5"].build() if backbone == "t5" else tiny_model("causal", "opt")
+    modules = list(model.named_modules())
+    with pytest.raises(AddressingError, match="cannot be moved behind a prefix"):
+        attach(model, "prefix", prefix_positions="shifted")
+    assert list(model.named_modules()) == modules
+    with pytest.raises(ConfigError, match="prefix_positions"):
+        AutoDeltaConfig.from_dict({"delta_type": "prefix", "prefix_positions": "moved"})
