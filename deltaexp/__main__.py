@@ -14,7 +14,7 @@ from typing import Any
 
 from deltaexp import __version__, commands
 from deltaexp.errors import ConfigError, DeltaExpError, InterruptedRunError, unknown
-from deltaexp.redaction import redact
+from deltaexp.redaction import guard_logs, redact
 
 RUN = {
     "[run] [key=value ...]": "train, evaluate, verify and save a delta",
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command not in known:
             raise ConfigError(unknown("command", command, known) + " An override looks like key=value.")
         if any(word in ("--help", "-h") for word in words):
-            print(_help(words))
+            print(_help(words) if command == "run" else _command_help(command))
             return 0
         if "--version" in words:
             print(f"deltaexp {__version__}")
@@ -84,6 +84,7 @@ def _run(words: list[str]) -> int:
         if options.multirun:
             print(f"\n=== job {hydra_config.job.num}: {hydra_config.job.override_dirname or 'defaults'} ===", flush=True)
             sweeps.add(hydra_config.sweep.dir)
+        guard_logs()  # the handlers are Hydra's, made for this job
         folder = hydra_config.runtime.output_dir
         from deltaexp.lab.run import run  # torch and transformers are imported here, not earlier
 
@@ -155,13 +156,24 @@ def _quoted(value: str) -> str:
     return value if plain else f"'{escaped}'"
 
 
+def _command_help(name: str) -> str:
+    """Return the help text of one command."""
+    module = commands.load(name)
+    form, what = module.USAGE.split("    ", 1)
+    _, _, rest = (module.__doc__ or "").partition("\n")
+    return "\n".join([f"usage: deltaexp {form}", "", f"  {what.strip()}", *([rest.rstrip()] if rest.strip() else [])])
+
+
 def _usage() -> str:
     """Return a line for each thing that the command line can do."""
     others = (commands.load(name).USAGE.split("    ", 1) for name in commands.names())
     table = {**RUN, **{form: what.strip() for form, what in others}}
-    width = max(map(len, table))
-    lines = [f"{'usage:' if not n else '':6} deltaexp {form:<{width}}  {what}" for n, (form, what) in enumerate(table.items())]
-    return "\n".join([*lines, "", "(`python -m deltaexp` is the same as `deltaexp`.)", ""])
+    width = max(len(form) for form in table if len(form) < 40)
+    lines = []
+    for form, what in table.items():
+        start = f"{'usage:' if not lines else '':6} deltaexp {form:<{width}}"
+        lines.append(f"{start}  {what}" if len(form) <= width else f"{start}\n{'':{width + 16}}  {what}")
+    return "\n".join([*lines, "", "(`python -m deltaexp` is the same as `deltaexp`; `deltaexp COMMAND --help` says more.)", ""])
 
 
 def _help(words: list[str]) -> str:

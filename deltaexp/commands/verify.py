@@ -1,4 +1,13 @@
-"""``verify DIR_OR_REPO``: everything that can be checked of a saved delta, with its backbone where one is named."""
+"""``verify DIR_OR_REPO``: everything that can be checked of a saved delta, with its backbone where one is named.
+
+  deltaexp verify outputs/.../delta                             files, tensors and the recorded hash
+  deltaexp verify outputs/.../delta backbone=tiny_t5            ... and every tensor of the backbone
+  deltaexp verify DeltaHub/name backbone=t5_base probe=true     ... and the logits on the stored probe batch
+  deltaexp verify FOLDER backbone=local backbone.source=FOLDER  a backbone of your own
+
+It ends with 0 if all is as it was saved, with 1 if something is not or cannot be known. revision=... names a revision of a
+repository; the backbone's own is backbone.revision=...
+"""
 
 from __future__ import annotations
 
@@ -7,7 +16,7 @@ from pathlib import Path
 from deltaexp.commands import parted, switch
 from deltaexp.errors import ConfigError
 
-USAGE = "verify DIR_OR_REPO [backbone=...]    check files, digests and hash of a delta, with a backbone all of it [probe=true]"
+USAGE = "verify DIR_OR_REPO [backbone=...]    check files, digests and hash of a delta; with its backbone, all of it"
 OWN = ("probe", "revision")
 
 
