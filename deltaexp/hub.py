@@ -164,14 +164,15 @@ class _Source:
             UnsafeFileError: If one does.
         """
         import huggingface_hub
+        from huggingface_hub import errors
 
         listed: list[str] = []
         if hasattr(huggingface_hub, "get_cached_repo_tree"):  # older clients keep no list
             try:
                 entries = huggingface_hub.get_cached_repo_tree(self.repo, revision=found.name, cache_dir=self.cache_dir)
                 listed = [entry.path for entry in entries]
-            except OSError:
-                listed = []
+            except (OSError, getattr(errors, "CachedRepoTreeNotFoundError", OSError)):
+                listed = []  # an older client fetched it
         for name in listed:
             if name.startswith(("/", "~")) or set(name) & set("\\:\0") or {"..", "."} & set(name.split("/")):
                 raise UnsafeFileError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 from collections.abc import Iterable
@@ -25,6 +26,10 @@ SHAPES = re.compile(
 """What tokens look like, whoever they belong to."""
 ADDRESS = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
 """The name and password, or the token, in an address."""
+SIGNED = re.compile(
+    r"(?i)([?&](?:x-amz-[a-z-]+|(?:x-goog-)?signature|sig|policy|key-pair-id|token|access_token|api_key)=)[^&\s'\"]+"
+)
+"""What lets whoever has a link of a storage use it."""
 BEARER = re.compile(r"(?i)(\bbearer\s+)[^\s'\",}]+")
 
 
@@ -46,9 +51,11 @@ def redact(text: str, more: Iterable[str | None] = ()) -> str:
         text: What is to be printed or written.
         more: Secrets that the environment does not tell, such as a token that was passed to a function.
     """
-    for secret in (*(one for one in more if one and len(one) >= SHORTEST), *secrets()):
+    for secret in (*(one for one in more if isinstance(one, str) and len(one) >= SHORTEST), *secrets()):
         text = text.replace(secret, HIDDEN)
-    return BEARER.sub(rf"\1{HIDDEN}", ADDRESS.sub(HIDDEN, SHAPES.sub(HIDDEN, text)))
+    for pattern, instead in ((SHAPES, HIDDEN), (ADDRESS, HIDDEN), (SIGNED, rf"\1{HIDDEN}"), (BEARER, rf"\1{HIDDEN}")):
+        text = pattern.sub(instead, text)
+    return text
 
 
 def is_secret(value: object) -> bool:
@@ -58,3 +65,19 @@ def is_secret(value: object) -> bool:
     if isinstance(value, (list, tuple, set)):
         return any(is_secret(one) for one in value)
     return isinstance(value, str) and redact(value) != value
+
+
+class _Redacting(logging.Filter):
+    """Hides secrets in what a handler writes; also in what other libraries log, such as the links that they use."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = redact(record.getMessage()), None
+        return True
+
+
+def guard_logs() -> None:
+    """Let the handlers of the log that there are now hide secrets, those of the Hub's client too."""
+    for name in (None, "huggingface_hub"):
+        for handler in logging.getLogger(name).handlers:
+            if not any(isinstance(one, _Redacting) for one in handler.filters):
+                handler.addFilter(_Redacting())

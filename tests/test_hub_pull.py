@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -151,6 +152,13 @@ def test_a_hub_that_says_nothing(hub_client: HubClient, pushed: str, monkeypatch
     monkeypatch.setattr(hubclient, "TIMEOUT", 0.3)
     hub_client.hub.faults.add("hang", method="GET", path_regex="/tree/")
     assert hub.fetch(REPO).name == pushed
+
+
+def test_a_cache_that_an_older_client_made(hub_client: HubClient, pushed: str) -> None:
+    """It keeps no list of what a commit holds."""
+    found = hub.fetch(REPO)
+    shutil.rmtree(found.parent.parent / "trees")
+    assert hub.fetch(REPO, local_files_only=True) == found
 
 
 def test_a_copy_that_is_half_there(hub_client: HubClient, pushed: str) -> None:

@@ -1,9 +1,12 @@
 """Secrets are found and hidden, and what only looks a little like one stays."""
 
+import logging
+
 import pytest
 
+from deltaexp.__main__ import main
 from deltaexp.errors import HubConflictError, HubError
-from deltaexp.redaction import HIDDEN, VARIABLES, is_secret, redact
+from deltaexp.redaction import HIDDEN, VARIABLES, guard_logs, is_secret, redact
 
 TOKEN = "hf_" + "aB3" * 11 + "x"
 SECRETS = [
@@ -62,6 +65,31 @@ def test_addresses_and_headers() -> None:
     assert redact("authorization: bearer abc.def") == f"authorization: bearer {HIDDEN}"
     assert redact("one two", ["two", None, "one"]) == "one two"  # too short
     assert redact("the passed-one", ["passed-one"]) == f"the {HIDDEN}"
+
+
+def test_links_that_anybody_may_use() -> None:
+    link = "https://s3.hub/ab/cd?X-Amz-Algorithm=AWS4&X-Amz-Signature=0123abcd&X-Amz-Expires=900&response=inline&token=t0ken"
+    hidden = f"X-Amz-Algorithm={HIDDEN}&X-Amz-Signature={HIDDEN}&X-Amz-Expires={HIDDEN}&response=inline&token={HIDDEN}"
+    assert redact(link) == f"https://s3.hub/ab/cd?{hidden}"
+
+
+def test_logs(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    handler = logging.FileHandler(tmp_path / "log")
+    monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
+    guard_logs()
+    guard_logs()
+    assert len(handler.filters) == 1
+    logging.getLogger("httpx").error("HTTP Request: %s %s", "PUT", f"https://hub/x?sig=abc {TOKEN}")
+    handler.close()
+    assert (tmp_path / "log").read_text() == f"HTTP Request: PUT https://hub/x?sig={HIDDEN} {HIDDEN}\n"
+
+
+def test_what_was_typed_is_not_repeated(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([f"lora_r={TOKEN}"], [TOKEN], ["push", "nowhere", f"{TOKEN}=1"], [f"hub.repo_id={TOKEN}"], [f"+x={TOKEN} y"]):
+        assert main(words) == 2
+        shown = capsys.readouterr()
+        assert TOKEN not in shown.out + shown.err
+        assert shown.err
 
 
 @pytest.mark.parametrize("kind", [HubError, HubConflictError])
