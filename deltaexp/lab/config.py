@@ -266,8 +266,12 @@ def check(run: RunConfig) -> None:
         raise ConfigError("A seed is negative; seeds are whole numbers from 0.")
 
 
-def check_hub(run: RunConfig) -> None:
+def check_hub(run: RunConfig, delta_type: str = "lora") -> None:
     """Check what is asked of the Hub.
+
+    Args:
+        run: The config.
+        delta_type: The type of delta, which may be a part of the repository's name.
 
     Raises:
         ConfigError: If a name is none, or two wishes contradict one another.
@@ -276,7 +280,7 @@ def check_hub(run: RunConfig) -> None:
     if hub.push and not hub.repo_id:
         raise ConfigError("hub.push=true needs hub.repo_id, such as hub.repo_id=DeltaHub/lora-t5-dates.")
     if hub.repo_id:
-        name = public.repository(hub.repo_id, "lora", run.backbone.name or "backbone", run.task.name or "task", run.seed)
+        name = public.repository(hub.repo_id, delta_type, run.backbone.name or "backbone", run.task.name or "task", run.seed)
         check_push(name, revision=hub.revision, tag=hub.tag, create_pr=hub.create_pr, parent_commit=hub.parent_commit)
     if hub.license is not None and hub.license not in LICENSES:
         raise ConfigError(

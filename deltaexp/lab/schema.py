@@ -87,7 +87,9 @@ def split(cfg: DictConfig) -> tuple[RunConfig, DeltaConfig]:
     run = {str(key): value for key, value in values.items() if key in run_keys}
     delta = {str(key): value for key, value in values.items() if key not in run_keys and key != "hydra"}
     lab_config.check_secrets(delta)
-    return lab_config.from_dict(run), DeltaConfig.from_dict(delta)
+    run_config, delta_config = lab_config.from_dict(run), DeltaConfig.from_dict(delta)
+    lab_config.check_hub(run_config, delta_config.delta_type)
+    return run_config, delta_config
 
 
 def composed(overrides: Sequence[str], search_path: Sequence[str] = ()) -> tuple[RunConfig, DeltaConfig]:

@@ -284,6 +284,13 @@ def test_a_config_that_cannot_be_pushed(override: str, what: str) -> None:
     assert "pass@" not in str(caught.value)
 
 
+def test_a_name_that_becomes_too_long_is_told_before_the_run() -> None:
+    name = "hub.repo_id=DeltaHub/" + "x" * 88 + "-{delta_type}"
+    schema.composed([name])  # 93 characters with lora
+    with pytest.raises(ConfigError, match="at most 96"):
+        schema.composed([name, "delta_type=parallel_adapter"])
+
+
 def test_the_value_of_a_known_secret_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     with pytest.raises(ConfigError, match=r"tracker\.entity looks like an access token"):
