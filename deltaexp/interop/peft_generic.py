@@ -52,6 +52,11 @@ def keys(adapter: Adapter, known: list[str]) -> dict[str, Any]:
         for key, value in adapter.values.items()
         if key not in ELSEWHERE and (key not in defaults or value != defaults[key])
     }
+    for key in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
+        value = values.get(key)
+        for text in [value] if isinstance(value, str) else value if isinstance(value, (list, dict)) else []:
+            if isinstance(text, str):
+                adapter.expression(text, key)  # PEFT matches them, and some would take for ever
     if str(values.get("bias", "none")) != "none":
         values["bias"] = "none"  # those that were saved are named in unfrozen_modules
     return {**values, "peft_type": adapter.method}

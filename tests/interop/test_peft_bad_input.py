@@ -182,6 +182,12 @@ OTHERS: dict[str, tuple[Callable[[], peft.PeftConfig], Damage, type[DeltaExpErro
         UnsafeFileError,
         "r=1000000000, and no side of its tensors",
     ),
+    "hra_slow_pattern": (
+        lambda: peft.HRAConfig(r=2, target_modules=TARGETS["llama"]),
+        changed("target_modules", "(.*a)*(.*b)+$"),
+        UnsafeFileError,
+        "may take for ever",
+    ),
     "hra_key": (
         lambda: peft.HRAConfig(r=2, target_modules=TARGETS["llama"]),
         changed("rank", 2),
