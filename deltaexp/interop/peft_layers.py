@@ -132,10 +132,15 @@ def vera(model: DeltaModel) -> Written:
 
 
 def loha(model: DeltaModel) -> Written:
-    """Write LoHa; slices of a projection become blocks of the factors."""
+    """Write LoHa; slices of a projection become blocks of the factors.
+
+    PEFT has none for transformers' Conv1D. There it is written as LoRA: a product of two matrices of rank r, element by
+    element, is a matrix of rank r squared, and which one is known.
+    """
     config: Any = model.config
     groups = by_module(model)
-    _no_conv1d(model, groups)
+    if any(is_conv1d(own[0].module) for own in groups.values()):
+        return low_rank(model)
     tensors: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
     for site, own in groups.items():
@@ -245,6 +250,9 @@ def _factors(attachment: Attachment) -> tuple[torch.Tensor, torch.Tensor, float]
             "Export the delta with to=merged."
         )
     with torch.no_grad():
+        if hasattr(layer, "hada_w1_a"):
+            down = (layer.hada_w1_b[:, None] * layer.hada_w2_b[None]).flatten(0, 1)
+            return down, (layer.hada_w1_a[:, :, None] * layer.hada_w2_a[:, None]).flatten(1), layer.scale
         down, up = (factor.detach() for factor in layer.factors())
         if getattr(layer, "lora_A0", None) is not None:
             return torch.cat([down, layer.lora_A0]), torch.cat([up, -layer.lora_B0], dim=1), layer.scale

@@ -45,7 +45,6 @@ CASES: dict[str, dict[str, Any]] = {
     "peft": {"delta_type": "peft", "peft": {"peft_type": "HRA", "r": 2, "target_modules": "all-linear"}},
 }
 REFUSED = {
-    ("gpt2", "loha"): "Conv1D",
     ("gpt2", "lokr"): "Conv1D",
     ("t5", "prefix_turned"): "prefixes of one width into every block",
     ("bert", "prefix_turned"): "prefix_positions=shifted",
@@ -54,7 +53,14 @@ REFUSED = {
 NOT_HERE = {("t5", "prefix"), ("t5", "bias"), ("llama", "bias"), ("gpt2", "peft")}
 QUICK = {
     *(("llama", "lora"), ("gpt2", "dora"), ("gpt2", "rslora_pattern"), ("bert", "ia3"), ("t5", "vera"), ("llama", "adalora")),
-    *(("llama", "prefix_turned"), ("bert", "bias"), ("bert", "soft_prompt"), ("llama", "olora_dora"), ("llama", "peft")),
+    *(
+        ("llama", "prefix_turned"),
+        ("bert", "bias"),
+        ("bert", "soft_prompt"),
+        ("llama", "olora_dora"),
+        ("llama", "peft"),
+        ("gpt2", "loha"),
+    ),
 }
 EQUAL = {
     "lora",
