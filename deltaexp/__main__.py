@@ -169,7 +169,7 @@ def _usage() -> str:
     others = (commands.load(name).USAGE.split("    ", 1) for name in commands.names())
     table = {**RUN, **{form: what.strip() for form, what in others}}
     width = max(len(form) for form in table if len(form) < 40)
-    lines = []
+    lines: list[str] = []
     for form, what in table.items():
         start = f"{'usage:' if not lines else '':6} deltaexp {form:<{width}}"
         lines.append(f"{start}  {what}" if len(form) <= width else f"{start}\n{'':{width + 16}}  {what}")

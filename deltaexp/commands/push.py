@@ -1,4 +1,18 @@
-"""``push FOLDER [ORG/NAME]``: push the folder of a delta to the Hugging Face Hub."""
+"""``push FOLDER [ORG/NAME]``: push the folder of a delta to the Hugging Face Hub.
+
+The delta and its card are checked first, go in one commit, and are read back. The command may be repeated: what is there already
+is found. Without ORG/NAME, name and options are those of the run's own config; what is typed wins.
+
+    private=true|false    whether the repository is private; one that is there already must be as you say
+    revision=BRANCH       the branch, made if it is not there
+    tag=NAME              a name for the commit
+    create_pr=true        propose the commit in a pull request
+    parent_commit=COMMIT  push only if this is the last commit there
+    message=TEXT          the commit message
+    license=NAME          the licence on the card, such as apache-2.0
+
+    deltaexp push outputs/.../delta DeltaHub/lora-dates private=true tag=v1
+"""
 
 from __future__ import annotations
 
