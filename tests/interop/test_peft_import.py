@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from peft_adapters import HEADS, KEYS, KNOWN, NORMS, TARGETS, TASKS, loaded_by_p
 from safetensors.torch import load_file, save_file
 
 from deltaexp import AutoDeltaConfig, AutoDeltaModel, HashCheck, interop
+from deltaexp.errors import CheckpointError
 
 Make = Callable[[str], peft.PeftConfig]
 TOLERANCE = 2e-5
@@ -228,3 +230,18 @@ def test_two_adapters_beside_each_other(tmp_path: Path) -> None:
     assert same(values(one.delta_tensors()), kept)
     one.detach()
     assert torch.equal(logits(backbone, inputs), plain)
+
+
+@quiet
+def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = made("llama", lora("llama"), tmp_path / "lora")
+    made("llama", peft.HRAConfig(r=2, target_modules=["q_proj"]), tmp_path / "hra")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    backbone, inputs = FAMILIES["llama"].build(), FAMILIES["llama"].inputs()
+    delta_model = unchecked(tmp_path / "lora", backbone)
+    torch.testing.assert_close(logits(backbone, inputs), expected, atol=TOLERANCE, rtol=0)
+    interop.export(delta_model, tmp_path / "back", "peft")
+    first, second = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("lora", "back"))
+    assert same(first, second)
+    with pytest.raises(CheckpointError, match="PEFT's HRA.*pip install.*Without PEFT these can be loaded: ADALORA"):
+        AutoDeltaModel.from_finetuned(tmp_path / "hra", backbone_model=FAMILIES["llama"].build())
