@@ -1,13 +1,13 @@
 """``list``: find deltas on the Hugging Face Hub, the newest first.
 
-    base=NAME        the backbone, with its organisation or without
-    task=NAME        the task
-    delta_type=NAME  the type of delta
-    author=NAME      a user or an organisation
-    limit=20         how many at most
-    --json           for programs
+base=NAME        the backbone, with its organisation or without
+task=NAME        the task
+delta_type=NAME  the type of delta
+author=NAME      a user or an organisation
+limit=20         how many at most
+--json           for programs
 
-    deltaexp list --base t5-base --task sst2 --delta-type lora
+deltaexp list --base t5-base --task sst2 --delta-type lora
 """
 
 from __future__ import annotations

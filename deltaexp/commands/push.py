@@ -1,7 +1,7 @@
 """``push FOLDER [ORG/NAME]``: push the folder of a delta to the Hugging Face Hub.
 
-The delta and its card are checked first, go in one commit, and are read back. The command may be repeated: what is there already
-is found. Without ORG/NAME, name and options are those of the run's own config; what is typed wins.
+The delta and its card are checked first, go in one commit, and are read back. The command may be repeated: what is there
+already is found. Without ORG/NAME, name and options are those of the run's own config; what is typed wins.
 
     private=true|false    whether the repository is private; one that is there already must be as you say
     revision=BRANCH       the branch, made if it is not there
