@@ -222,6 +222,7 @@ def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, 
         }
         checkpoint.add_files(stage, files)
         os.replace(stage, target)
+        recovery.sync(folder)
         _tidy(config, folder)
 
         # 10. Push if asked; the local delta is complete whatever the Hub says.

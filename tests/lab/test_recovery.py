@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from datasets import Dataset, DatasetDict
 from filelock import FileLock
 from models import slow_but
 from safetensors import safe_open
@@ -21,6 +22,7 @@ from deltaexp.lab import checkpoints, recovery, schema, training
 from deltaexp.lab.checkpoints import Checkpoints
 from deltaexp.lab.recovery import StoppedByKeyboard
 from deltaexp.lab.run import Outcome, run
+from deltaexp.lab.tasks import data
 
 SMALL = [
     "task.train_rows=20", "task.validation_rows=4", "task.test_rows=4", "task.max_target_length=8", "trainer=smoke",
@@ -418,6 +420,18 @@ def test_a_sweep_to_continue_is_named(
     said = capfd.readouterr().err
     assert "hydra.sweep.dir=FOLDER resume=true" in said
     assert "hydra.sweep.dir=outputs/multirun/2026-01-01" in said
+
+
+def test_half_made_data_of_a_killed_run_are_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DELTAEXP_CACHE", str(tmp_path))
+    stale, fresh = (tmp_path / "tokenised" / name for name in (".making-a", ".making-b"))
+    for path in (stale, fresh):
+        path.mkdir(parents=True)
+    os.utime(stale, (1e9, 1e9))
+    table = data.cached({"key": 1}, lambda: DatasetDict(train=Dataset.from_list([{"x": 1}])))
+    assert table["train"]["x"][:] == [1]
+    assert not stale.exists()
+    assert fresh.exists()  # which another process may be making
 
 
 def test_overrides_stand_together() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +25,8 @@ GENERATORS: Mapping[str, Callable[[str, int, int], list[dict[str, str]]]] = {"da
 """The data that deltaexp makes itself: split, number of rows and seed to rows."""
 GENERATED_ROWS = {"train": 4000, "validation": 500, "test": 500}
 SPLITS = ("train", "validation", "test")
+STALE = 86_400
+"""Seconds after which half-made data in the cache are nobody's."""
 
 
 @dataclass
@@ -150,7 +154,11 @@ def cached(key: Mapping[str, Any], make: Callable[[], DatasetDict]) -> DatasetDi
     folder = cache_dir() / "tokenised" / digest
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(dir=folder.parent))
+        for old in folder.parent.glob(".making-*"):  # of processes that were killed
+            with contextlib.suppress(FileNotFoundError):  # another one clears up too
+                if time.time() - old.stat().st_mtime > STALE:
+                    shutil.rmtree(old, ignore_errors=True)
+        stage = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
         try:
             make().save_to_disk(str(stage / "data"))
             if not folder.exists():  # another process may have been faster
