@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deltaexp import checkpoint
+from deltaexp import checkpoint, verification
 from deltaexp.card import check_card
 from deltaexp.checksum import file_sha256
 from deltaexp.errors import CardError, CheckpointError, HubConflictError, HubError, UnsafeFileError, listing
 from deltaexp.hubclient import check_push, explained, log, persistently, status
-from deltaexp.manifest import MANIFEST, check_files, is_plain_name
+from deltaexp.manifest import MANIFEST, is_plain_name
 
 ROUNDS = 3
 """How often a push begins anew when somebody else has made a commit in the meantime."""
@@ -129,8 +129,8 @@ def _checked(folder: Path) -> dict[str, _File]:
     saved = checkpoint.read(folder)
     if saved.manifest is None:
         raise CheckpointError(f"{str(folder)!r} has no {MANIFEST}, and only deltas that can be checked are pushed.")
+    verification.check_saved(saved)
     names = sorted(saved.manifest.files)
-    check_files(folder, saved.manifest, names)
     home = f"{Path.home()}/".encode()
     files = {name: _file(folder / name) for name in [*names, MANIFEST]}
     for name in files:

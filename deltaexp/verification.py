@@ -219,11 +219,13 @@ def check_model(
             raise _backbone_error(saved, difference, len(base), revision)
     if record.backbone_hash is None:
         why = "records no hash of the model it was trained in, so"
-        if record.origin:
+        if record.origin and record.origin.startswith("OpenDelta"):
             why = (
-                f"was saved by {record.origin}. OpenDelta's hash covers the text that its versions of torch and transformers "
-                "print for a model, and PEFT records none. It cannot be compared with anything here:"
+                f"was saved by {record.origin}, whose hash covers the text that its versions of torch and transformers print "
+                "for a model and cannot be compared with anything here:"
             )
+        elif record.origin:
+            why = f"was saved by {record.origin}, which records no hash of the backbone:"
         warnings.warn(
             f"The delta in {str(saved.folder)!r} {why} whether this is the right backbone is unknown. Its tensors fit by name "
             "and shape.",
