@@ -239,7 +239,7 @@ def sync(path: Path) -> None:
     """Have a file, or the names in a folder, written to the disk itself."""
     if path.is_dir() and os.name == "nt":
         return  # folders cannot be opened there
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows syncs only what may be written
     try:
         os.fsync(handle)
     finally:
@@ -292,7 +292,10 @@ def _kept(folder: Path) -> str:
 
     if (folder / DELTA).exists():
         return f"The delta in {str(folder / DELTA)!r} is complete."
-    newest, _ = Checkpoints(folder / CHECKPOINTS).newest()
+    try:
+        newest, _ = Checkpoints(folder / CHECKPOINTS).newest()
+    except MemoryError:  # there may be none to look with
+        return f"Checkpoints are in {str(folder / CHECKPOINTS)!r}."
     if newest is None:
         return f"There is no checkpoint in {str(folder)!r} yet, so it will begin anew."
     return f"Kept: the checkpoint after step {int(newest.name.removeprefix(PREFIX)):,}, {str(newest)!r}."

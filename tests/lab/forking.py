@@ -56,8 +56,13 @@ def serve() -> None:
     """Fork a child for every job."""
     import datasets  # noqa: F401
     import torch
+    import transformers.models.byt5.tokenization_byt5
+    import transformers.models.t5.modeling_t5  # noqa: F401
 
     import deltaexp.lab.run  # noqa: F401
+    from deltaexp.lab import schema
+
+    schema.composed([])  # which imports every delta type, PEFT with them
 
     torch.set_num_threads(1)
     print("ready", flush=True)
