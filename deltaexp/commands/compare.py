@@ -1,7 +1,7 @@
 """``compare FOLDER``: the runs below a folder side by side.
 
-  deltaexp compare outputs/multirun             every finished run below the folder
-  deltaexp compare outputs/multirun best=true   of every delta type the run that is best on the validation split
+deltaexp compare outputs/multirun             every finished run below the folder
+deltaexp compare outputs/multirun best=true   of every delta type the run that is best on the validation split
 """
 
 from __future__ import annotations

@@ -22,6 +22,8 @@ from rich.table import Table
 
 from deltaexp import __version__, checkpoint
 from deltaexp.auto import AutoDeltaModel
+from deltaexp.checksum import model_sha256
+from deltaexp.digest_cache import model_digests
 from deltaexp.errors import DamagedFileError, DeltaExpError, RunError, listing
 from deltaexp.lab import backbones, checkpoints, modelcard, public, pushing, recovery, tracking, training
 from deltaexp.lab.checkpoints import Checkpoints
@@ -139,7 +141,8 @@ def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, 
             data = task_data.load(config.task, progress=config.trainer.progress)
             kind = KINDS[config.task.kind](config.task, backbone.tokenizer)
             splits = kind.tokenised(data)
-        inputs = {"data": data.fingerprint, "revision of the backbone": getattr(backbone.model.config, "_commit_hash", None)}
+        base = model_sha256(model_digests(backbone.model, delta_model.base_tensors()))
+        inputs = {"data": data.fingerprint, "digest of the backbone": base}
         _check_same(notes.get("inputs", {}), inputs)
         rows = {split: len(table) for split, table in splits.items()}
         console.print("  rows: " + listing(f"{split} {count:,}" for split, count in rows.items()))

@@ -12,13 +12,13 @@ from datasets import Dataset, DatasetDict
 from filelock import FileLock
 from models import slow_but
 from safetensors import safe_open
-from transformers import TrainerCallback
+from transformers import T5ForConditionalGeneration, TrainerCallback
 
 from deltaexp import registry
 from deltaexp.__main__ import _with, main
 from deltaexp.checksum import file_sha256
 from deltaexp.errors import CheckpointError, ConfigError, DamagedFileError, RunError
-from deltaexp.lab import checkpoints, recovery, schema, training
+from deltaexp.lab import backbones, checkpoints, recovery, schema, training
 from deltaexp.lab.checkpoints import Checkpoints
 from deltaexp.lab.recovery import StoppedByKeyboard
 from deltaexp.lab.run import Outcome, run
@@ -321,6 +321,18 @@ def test_what_changed_since_is_said_or_refused(
         with pytest.raises(RunError, match=r"the data changed since it began, from \w+ to other"):
             go(tmp_path, *SMALL, "resume=true")
     assert "versions have changed (torch 1.0 -> " in capsys.readouterr().out
+
+
+def test_a_backbone_that_changed_since_is_refused(tmp_path: Path, interrupted) -> None:
+    place = tmp_path / "backbone"
+    model = T5ForConditionalGeneration.from_pretrained(backbones.location("embedded:tiny_t5"))
+    model.save_pretrained(place)
+    words = [*SMALL, "backbone=local", f"backbone.source={place}", "backbone.name=mine", "backbone.tokenizer=byt5"]
+    interrupted(5, tmp_path / "run", *words)
+    model.shared.weight.data[3, 3] += 1
+    model.save_pretrained(place)
+    with pytest.raises(RunError, match="the digest of the backbone changed since it began"):
+        go(tmp_path / "run", *words, "resume=true")
 
 
 def test_the_keyboard_is_told_how_to_go_on(tmp_path: Path, interrupted) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,9 @@ def test_wandb_offline_gets_metrics_config_and_table(tmp_path: Path, monkeypatch
     outcome = go(tmp_path, *DATES, "tracker=wandb", "tracker.mode=offline", "trainer.log_every=1")
     logs = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert len(logs) == 1
+    deadline = time.monotonic() + 30  # W&B's own process writes the file, and may be behind
+    while b"after/exact_match" not in logs[0].read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.2)
     raw = logs[0].read_bytes()
     for text in (b"after/exact_match", b"train/loss", b"lora_r"):
         assert text in raw
