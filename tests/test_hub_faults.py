@@ -127,7 +127,7 @@ def test_the_waiting_is_real(hub_client: HubClient, folder: Path, said: Said) ->
     assert time.monotonic() - began > 1
 
 
-@pytest.mark.parametrize("wait", ["3600", formatdate(time.time() + 3600, usegmt=True)])
+@pytest.mark.parametrize("wait", ["3600", formatdate(time.time() + 3600, usegmt=True)], ids=["seconds", "date"])
 def test_who_asks_for_an_hour_is_not_waited_for(hub_client: HubClient, folder: Path, naps: list[float], wait: str) -> None:
     hub_client.hub.faults.add("status", path_regex="/commit/", times=None, status=429, headers={"Retry-After": wait})
     text = refused_push(folder)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from types import ModuleType
 
 from deltaexp.errors import ConfigError, unknown
@@ -61,3 +62,9 @@ def switch(options: dict[str, str], key: str) -> bool | None:
     if options.get(key, "true") not in ("true", "false"):
         raise ConfigError(f"{key} is {options[key]!r}; it must be true or false.")
     return options[key] == "true" if key in options else None
+
+
+def check_place(place: str) -> None:
+    """Raise a `ConfigError` unless a word is a folder or looks like the name of a repository."""
+    if not Path(place).is_dir() and (place.startswith((".", "/", "~")) or place.count("/") != 1):
+        raise ConfigError(f"There is no folder {place!r}, and it is no name of a repository either, such as DeltaHub/name.")

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deltaexp.commands import parted
+from deltaexp.commands import check_place, parted
 from deltaexp.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -53,12 +53,6 @@ def split(words: list[str], command: str, own: tuple[str, ...]) -> tuple[list[st
     overrides = [word for word in plain if "=" in word and word.split("=", 1)[0] not in own]
     places, options = parted([word for word in plain if word not in overrides], command, own, "DIR_OR_REPO")
     return overrides, places, options
-
-
-def check_place(place: str) -> None:
-    """Raise a `ConfigError` unless a word is a folder or looks like the name of a repository."""
-    if not Path(place).is_dir() and (place.startswith((".", "/", "~")) or place.count("/") != 1):
-        raise ConfigError(f"There is no folder {place!r}, and it is no name of a repository either, such as DeltaHub/name.")
 
 
 def backbone_of(overrides: list[str], command: str) -> RunConfig | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from deltaexp.commands.export import backbone_of, check_place, split
+from deltaexp.commands import check_place
+from deltaexp.commands.export import backbone_of, split
 from deltaexp.errors import ConfigError
 
 USAGE = "import DIR_OR_REPO out=FOLDER backbone=...    save a delta of PEFT or OpenDelta as one of deltaexp, with digests"

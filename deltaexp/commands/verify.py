@@ -11,9 +11,7 @@ repository; the backbone's own is backbone.revision=...
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from deltaexp.commands import parted, switch
+from deltaexp.commands import check_place, parted, switch
 from deltaexp.errors import ConfigError
 
 USAGE = "verify DIR_OR_REPO [backbone=...]    check files, digests and hash of a delta; with its backbone, all of it"
@@ -37,8 +35,7 @@ def main(words: list[str]) -> int:
         )
     elif probe:
         raise ConfigError("probe=true computes with the backbone, and none is named: add backbone=...")
-    if not Path(places[0]).exists() and (places[0].startswith((".", "/", "~")) or places[0].count("/") != 1):
-        raise ConfigError(f"There is no folder {places[0]!r}, and it is no name of a repository either, such as DeltaHub/name.")
+    check_place(places[0])
     from deltaexp.lab.verifying import verify
 
     return verify(places[0], config, probe=probe, revision=options.get("revision"))
