@@ -7,6 +7,7 @@ one job a line, answers with the number of the child's process and, when that ha
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -88,6 +89,8 @@ def work(words: list[str], folder: str, limit: dict[str, Any]) -> int:
     """Be the child: run the command line, with less of the disk or of memory from some moment on."""
     import traceback
 
+    # A shell starts what it puts into the background with Ctrl-C ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     from deltaexp.__main__ import main
 
     os.chdir(folder)
