@@ -130,6 +130,7 @@ def _write(folder: Path, fill: Callable[[Path], None], known: Manifest) -> Manif
         manifest = dataclasses.replace(known, files={**known.files, **files})
         (stage / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         for path in stage.iterdir():
+            path.chmod(0o644)  # safetensors' files are private, and a delta is read by whoever may read its folder
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         check_files(stage, manifest, files)

@@ -252,3 +252,9 @@ def test_the_digest_of_the_base_depends_on_nothing_but_the_base(tmp_path: Path) 
     assert len({record.backbone_hash for record in found}) == 5
     attach(BERT.build(seed=1), "lora").save_finetuned(tmp_path / "other")
     assert AutoDeltaConfig.from_finetuned(tmp_path / "other").saved_with.base_sha256 != found[0].base_sha256
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no such permissions")
+def test_whoever_may_read_the_folder_may_read_the_files(tmp_path: Path) -> None:
+    attach(BERT.build()).save_finetuned(tmp_path / "delta", probe=BERT.inputs())
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "delta").iterdir()} == {0o644}

@@ -28,6 +28,7 @@ def new_folder(target: str | Path) -> Iterator[Path]:
         stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         yield stage
         for path in (path for path in stage.rglob("*") if path.is_file()):
+            path.chmod(0o644)  # safetensors' files are private
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         stage.chmod(0o755)  # mkdtemp's folders are private
