@@ -144,7 +144,7 @@ def of_run(folder: Path) -> dict[str, Any] | None:
         results = json.loads((folder / checkpoint.RESULTS).read_text(encoding="utf-8"))
     except ValueError:
         return None
-    complete = isinstance(results, dict) and {"config", "backbone", "metrics"} <= set(results)
+    complete = isinstance(results, dict) and {"config", "backbone", "metrics", "base_sha256"} <= set(results)
     return results if complete else None
 
 
@@ -173,7 +173,7 @@ def siblings(folder: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
 def _comparable(results: dict[str, Any]) -> dict[str, Any]:
     config = {key: value for key, value in results["config"].items() if key not in ASIDE}
     config["trainer"] = {key: value for key, value in config["trainer"].items() if key not in ASIDE_TRAINER}
-    return {"config": config, "data": results["data_fingerprint"], "base": results["backbone"]["revision"]}
+    return {"config": config, "data": results["data_fingerprint"], "base": results["base_sha256"]}
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -272,6 +272,7 @@ def _trained(results: dict[str, Any]) -> str:
 
 def _digests(results: dict[str, Any]) -> str:
     rows = {
+        "the backbone (sha256)": results["base_sha256"],
         "the model with the delta (md5)": results["backbone_hash"],
         "the data (sha256)": results["data_fingerprint"],
         **{f"`{name}` (sha256)": value for name, value in sorted(results["digests"].items()) if name != checkpoint.CARD},

@@ -110,7 +110,7 @@ def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, 
     saved = Checkpoints(folder / recovery.CHECKPOINTS, config.trainer.save_every)
     checkpoint_folder, notes = _where_it_was(claim, saved, console)
     clock = Clock(console, dict(notes.get("seconds", {})))
-    tracker = tracking.start(config.tracker, config_dict, folder, claim.record.tracker)
+    tracker = tracking.start(config.tracker, public.publishable(config_dict), folder, claim.record.tracker)
     failed = True
     try:
         if tracker.id != claim.record.tracker:
@@ -212,6 +212,7 @@ def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, 
             "parameters": counts,
             "verification": check,
             "backbone_hash": delta_model.config.saved_with.backbone_hash,
+            "base_sha256": delta_model.config.saved_with.base_sha256,
             "digests": manifest.files,
             "seconds": clock.read(),
             "sessions": claim.record.sessions,
