@@ -133,8 +133,7 @@ def _write(folder: Path, fill: Callable[[Path], None], known: Manifest) -> Manif
             path.chmod(0o644)  # safetensors' files are private, and a delta is read by whoever may read its folder
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-        check_files(stage, manifest, files)
-        if WEIGHTS in files and digests(_tensors(stage / WEIGHTS)) != known.delta:
+        if WEIGHTS in files and digests(read_tensors(stage / WEIGHTS)) != known.delta:
             raise CheckpointError(f"The tensors written to {str(stage)!r} are not those that were to be saved. Save again.")
         stage.chmod(0o755)  # mkdtemp's folders are private
         if not folder.exists():
@@ -211,7 +210,7 @@ def read(folder: str | Path) -> SavedDelta:
     if (folder / CONFIG).exists() and not path.exists():
         raise MissingFileError(f"{str(folder)!r} holds no {WEIGHTS}.{_what_is_there(folder)}")
     config = read_config(folder)
-    tensors = _tensors(path)
+    tensors = read_tensors(path)
     if manifest is not None:
         check_names(manifest.delta, tensors, f"{str(path)!r}", "its manifest lists")
     check_not_empty(tensors, f"{str(path)!r}")
@@ -227,10 +226,15 @@ def read_probe(saved: SavedDelta) -> dict[str, torch.Tensor] | None:
     if saved.manifest is None or PROBE not in saved.manifest.files:
         return None
     check_files(saved.folder, saved.manifest, (PROBE,))
-    return _tensors(saved.folder / PROBE)
+    return read_tensors(saved.folder / PROBE)
 
 
-def _tensors(path: Path) -> dict[str, torch.Tensor]:
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read a file of safetensors that somebody else may have written.
+
+    Raises:
+        DamagedFileError: If it is none.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
@@ -262,7 +266,7 @@ def check_not_empty(tensors: Mapping[str, torch.Tensor], where: str) -> None:
     empty = [name for name, tensor in tensors.items() if not tensor.numel()]
     if empty:
         raise EmptyTensorError(
-            f"{where} has {len(empty)} tensors without elements: {listing(empty, 4)}. Train and save it anew."
+            f"{where} has {len(empty)} tensors without elements: {listing(empty, 4)}. Copy the delta again, or save it anew."
         )
 
 

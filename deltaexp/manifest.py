@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,15 +100,7 @@ def read_json(path: Path) -> Any:
     Raises:
         DamagedFileError: If it is not valid JSON, or far too large to be a delta's.
     """
-    try:
-        size = path.stat().st_size
-        if size > LARGEST_JSON:
-            raise ValueError(f"it has {size:,} bytes, and none of a delta has more than {LARGEST_JSON:,}")
-        return json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise DamagedFileError(f"{str(path)!r} is nested too deeply to be a delta's. {DAMAGED}") from None
-    except (OSError, ValueError) as error:
-        raise DamagedFileError(f"{str(path)!r} is not valid JSON: {error}. {DAMAGED}") from error
+    return _parsed(path, json.loads, "valid JSON")
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -118,13 +110,24 @@ def read_manifest(folder: Path) -> Manifest | None:
         DamagedFileError: If it is not as it was written.
     """
     path = folder / MANIFEST
-    if not path.exists():
-        return None
-    read_json(path)  # its size, and whether it is JSON at all
+    return _parsed(path, Manifest.from_json, "a manifest that deltaexp wrote") if path.exists() else None
+
+
+def _parsed(path: Path, parse: Callable[[str], Any], what: str) -> Any:
+    """Return what ``parse`` makes of a file's text.
+
+    Raises:
+        DamagedFileError: If the file is too large, or ``parse`` finds that it is not ``what`` it should be.
+    """
     try:
-        return Manifest.from_json(path.read_text(encoding="utf-8"))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedFileError(f"{str(path)!r} is not a manifest that deltaexp wrote ({error}). {DAMAGED}") from error
+        size = path.stat().st_size
+        if size > LARGEST_JSON:
+            raise ValueError(f"it has {size:,} bytes, and none of a delta has more than {LARGEST_JSON:,}")
+        return parse(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise DamagedFileError(f"{str(path)!r} is nested too deeply to be a delta's. {DAMAGED}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedFileError(f"{str(path)!r} is not {what}: {error}. {DAMAGED}") from error
 
 
 def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:

@@ -8,7 +8,6 @@ model, which differs from version to version, so it cannot be compared: the answ
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import nn
 from deltaexp import addressing
 from deltaexp.checkpoint import CONFIG, WEIGHTS, SavedDelta
 from deltaexp.errors import AddressingError, CheckpointError, DamagedFileError, DeltaExpError, MissingTensorError, listing
+from deltaexp.manifest import read_json
 from deltaexp.registry import DeltaConfig
 from deltaexp.structure import backbone_modules, backbone_parameters, blocks, common_structure
 
@@ -57,9 +57,9 @@ def read_config(folder: str | Path) -> DeltaConfig:
     """
     path = Path(folder) / CONFIG
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         flat = _translated(values)
-    except (ValueError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise DamagedFileError(f"{str(path)!r} is no config that OpenDelta wrote: {error}. Copy the delta again.") from error
     try:
         config = DeltaConfig.from_dict(flat)

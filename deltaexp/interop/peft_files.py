@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -11,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from deltaexp.checkpoint import WEIGHTS as OWN_WEIGHTS
+from deltaexp.checkpoint import check_not_empty, read_tensors
 from deltaexp.errors import (
     CheckpointError,
     DamagedFileError,
-    EmptyTensorError,
     MissingFileError,
     TensorDtypeError,
     UnsafeFileError,
     listing,
 )
+from deltaexp.manifest import read_json
 from deltaexp.registry import SavedWith
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -140,10 +139,7 @@ def read_values(folder: str | Path) -> Adapter:
         CheckpointError: If it is no adapter's config.
     """
     path = Path(folder) / CONFIG
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise DamagedFileError(f"{str(path)!r} cannot be read as JSON: {error}. Copy the adapter again.") from error
+    values = read_json(path)
     if not isinstance(values, dict) or not isinstance(values.get("peft_type"), str):
         raise DamagedFileError(f"{str(path)!r} names no peft_type, so it is no config that PEFT wrote. Copy the adapter again.")
     return Adapter(Path(folder), values)
@@ -158,22 +154,14 @@ def read_adapter(folder: str | Path) -> Adapter:
     adapter = read_values(folder)
     safe, pickled = adapter.folder / WEIGHTS, adapter.folder / PICKLED
     if safe.exists():
-        try:
-            with safe_open(safe, framework="pt") as file:
-                adapter.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-        except (SafetensorError, OSError, ValueError) as error:
-            raise DamagedFileError(
-                f"{str(safe)!r} cannot be read as safetensors: {error}. Copy the adapter again; nothing was loaded."
-            ) from error
+        adapter.tensors = read_tensors(safe)
     elif pickled.exists():
         adapter.tensors = _unpickled(pickled)
     else:
         raise MissingFileError(f"{str(folder)!r} holds {CONFIG} and no {WEIGHTS}. Copy the adapter again.")
     if not adapter.tensors:
         raise DamagedFileError(f"{str(folder)!r} holds no tensor at all. Copy the adapter again.")
-    empty = [name for name, tensor in adapter.tensors.items() if not tensor.numel()]
-    if empty:
-        raise EmptyTensorError(f"{len(empty)} tensors in {str(folder)!r} are empty ({listing(empty, 3)}). Nothing was loaded.")
+    check_not_empty(adapter.tensors, repr(str(folder)))
     return adapter
 
 

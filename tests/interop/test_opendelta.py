@@ -387,10 +387,11 @@ def test_a_type_that_opendelta_does_not_have(tmp_path: Path) -> None:
     refused(folder, backbone_for("bert/lora"), "type 'ia3', which OpenDelta does not have")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "3"])
+@pytest.mark.parametrize("text", ["", "[]", "{", "3", "[" * 200_000], ids=["empty", "list", "open", "number", "nested"])
 def test_a_damaged_config(text: str, tmp_path: Path) -> None:
     folder = copied("bert/lora", tmp_path)
     (folder / "config.json").write_text(text)
-    refused(folder, backbone_for("bert/lora"), "no config that OpenDelta wrote", DamagedFileError)
-    with pytest.raises(DamagedFileError, match="no config that OpenDelta wrote"):
+    said = "no config that OpenDelta wrote|not valid JSON|nested too deeply"
+    refused(folder, backbone_for("bert/lora"), said, DamagedFileError)
+    with pytest.raises(DamagedFileError, match=said):
         AutoDeltaConfig.from_finetuned(folder)

@@ -73,7 +73,7 @@ LORA: dict[str, tuple[Damage, type[DeltaExpError], str]] = {
     "rank": (replaced(A, lambda t: t[:1].contiguous()), TensorShapeError, "tensors of rank 1, 2"),
     "flat": (replaced(A, lambda t: t.flatten()), TensorError, "q_proj"),
     "scalar": (replaced(A, lambda t: t.sum()), TensorShapeError, "single number"),
-    "empty": (replaced(A, lambda t: t[:0]), EmptyTensorError, "are empty"),
+    "empty": (replaced(A, lambda t: t[:0]), EmptyTensorError, "without elements"),
     "integers": (replaced(A, lambda t: t.to(torch.int8)), TensorDtypeError, "no floating-point numbers"),
     "magnitude": (added(A.replace("lora_A.weight", "lora_magnitude_vector"), torch.ones(16)), TensorShapeError, "use_dora"),
     "dora": (changed("use_dora", True), MissingTensorError, "lora_magnitude_vector"),
@@ -238,7 +238,7 @@ def test_a_prompt_for_another_width(tmp_path: Path) -> None:
 @pytest.mark.parametrize("keep", [0, 7, 100, 0.5, 0.99])
 def test_a_truncated_file(keep: float, tmp_path: Path) -> None:
     made("llama", lora("llama"), tmp_path)
-    for name, message in (("adapter_model.safetensors", "read as safetensors"), ("adapter_config.json", "read as JSON")):
+    for name, message in (("adapter_model.safetensors", "read as safetensors"), ("adapter_config.json", "not valid JSON")):
         whole = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(whole[: int(keep if keep >= 7 else keep * len(whole))])
         refused(tmp_path, DamagedFileError, message)
