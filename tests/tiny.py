@@ -45,13 +45,30 @@ PER_STAGE = {
     "embed_dim": 8,
 }
 """The same for fields with a number for every stage: it doubles from one to the next, unless it is 1."""
+
+
+def _sizes(*names: str) -> dict[str, Any]:
+    return {name: SIZES[name] for name in names}
+
+
+_TEXT = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+_IMAGE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
+    "clip": {"text_config": _sizes(*_TEXT), "vision_config": _sizes(*_IMAGE), "projection_dim": 16},
     "convnext": {"num_hidden_layers": 4},
     "convnextv2": {"num_hidden_layers": 4},
     "esm": {"vocab_size": VOCABULARY},
     "esmc": {"num_key_value_heads": 4},
     "falcon_h1": {"mamba_d_ssm": 64},
+    "gemma3": {"text_config": _sizes(*_TEXT, "num_key_value_heads", "head_dim"), "vision_config": _sizes(*_IMAGE)},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "hiera": {"hidden_size": 256},

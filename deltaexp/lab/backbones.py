@@ -221,6 +221,34 @@ def load_tokenizer(config: BackboneConfig, place: str) -> Any:
     )
 
 
+def load_processor(config: BackboneConfig, place: str) -> Any:
+    """Load the image processor of a vision backbone, which is at a place (see `location`).
+
+    It is always transformers' version for Pillow: the one for torchvision resizes to slightly different pixels, and what a
+    delta was trained on must not depend on which packages are installed.
+
+    Returns:
+        A processor that makes ``pixel_values``, shape ``(batch, channels, height, width)``, of PIL images or arrays.
+
+    Raises:
+        ConfigError: If Pillow is not installed.
+        DeltaExpError: If the backbone comes without the settings of its processor, ``preprocessor_config.json``.
+    """
+    if importlib.util.find_spec("PIL") is None:
+        raise ConfigError(
+            f"The backbone {config.name!r} works on images, which needs the package 'pillow'. Run `pip install "
+            '"deltaexp[vision]"`.'
+        )
+    options = {"revision": config.revision} if config.revision else {}
+    try:
+        with _without_report():
+            return transformers.AutoImageProcessor.from_pretrained(
+                place, backend="pil", trust_remote_code=config.trust_remote_code, **options
+            )
+    except (OSError, ValueError) as error:
+        raise _not_loaded(config, error) from error
+
+
 @contextlib.contextmanager
 def _without_report() -> Iterator[None]:
     """Silence transformers' report of missing parameters: a run tells itself which are new, and trains them."""

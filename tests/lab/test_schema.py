@@ -8,17 +8,15 @@ from deltaexp import registry
 from deltaexp.errors import ConfigError
 from deltaexp.lab import schema
 
-NEEDS = {"local": ["backbone.source=somewhere", "backbone.name=mine"]}
 
-
-@pytest.mark.parametrize("group", schema.GROUPS)
+@pytest.mark.parametrize(
+    "group", sorted(set(schema.GROUPS) - {"backbone"})
+)  # those are many, and are composed in test_backbones.py
 def test_every_choice_composes_and_is_described(group: str) -> None:
     for choice, line in schema.choices(group).items():
-        run, delta = schema.composed([f"{group}={choice}", *NEEDS.get(choice, [])])
+        _, delta = schema.composed([f"{group}={choice}"])
         assert line.endswith((".", ")")), f"{group}={choice} has no line for --help"
         assert delta.delta_type in registry.known()
-        if group == "backbone":
-            assert run.backbone.name in (choice, "mine")
 
 
 def test_every_delta_type_has_a_choice() -> None:
