@@ -180,6 +180,7 @@ def _help(words: list[str]) -> str:
     """Return the help text: usage, every group with its choices, and the keys of a delta type."""
     import dataclasses
 
+    from deltaexp import registry
     from deltaexp.lab import config as lab_config
     from deltaexp.lab import schema
 
@@ -192,6 +193,8 @@ def _help(words: list[str]) -> str:
     chosen = next((word.split("=", 1)[1] for word in words if word.startswith("delta_type=")), "lora")
     lines.append(f"\nkeys of delta_type={chosen} (default):")
     lines += [f"    {key}={value}" for key, value in schema.defaults_of(chosen).items() if key != "delta_type"]
+    if chosen in registry.known():
+        lines.append(f"    (recommended trainer.learning_rate: {registry.get(chosen).learning_rate:g})")
     lines.append("\nkeys of a run (default; a task may set another):")
     lines += [f"    resume={str(lab_config.RunConfig().resume).lower()}", f"    seed={lab_config.RunConfig().seed}"]
     for name, section in lab_config.PARTS.items():

@@ -78,6 +78,8 @@ class DeltaConfig:
     """Whether the patterns come in pairs: where a layer takes its input, and where it adds its output."""
     trains_nothing: ClassVar[bool] = False
     """Whether it is right that a delta of this type may have no parameters at all."""
+    learning_rate: ClassVar[float] = 1e-3
+    """The recommended learning rate for AdamW, from the literature: what a run takes where `trainer.learning_rate` is null."""
     builds_on_meta: ClassVar[bool] = True
     """Whether `build` works on the meta device, where what a config asks for is compared with saved tensors for no memory."""
 
@@ -121,6 +123,10 @@ class DeltaConfig:
     def owned(self, site: Site) -> list[str]:
         """Return the names of the module's own parameters, relative to it, that the delta trains in place."""
         return []
+
+    def recommended_learning_rate(self) -> float:
+        """Return the recommended learning rate for AdamW, where it depends on other keys."""
+        return self.learning_rate
 
     def learning_rate_factor(self, parameter: str) -> float:
         """Return what the learning rate is multiplied by for the delta's parameter of that name."""

@@ -48,6 +48,9 @@ class AdaloraConfig(DeltaConfig):
 
     default_modules: ClassVar[tuple[str, ...]] = ("attn.q", "attn.v")
     attribute: ClassVar[str] = "adalora"
+    learning_rate: ClassVar[float] = 1e-3
+    """The paper takes 5e-4 to 2.2e-3 for DeBERTaV3-base on GLUE (Zhang et al., 2023, appendix; the authors' scripts have
+    8e-4 for SST-2 and 1.2e-3 for RTE)."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from deltaexp.addressing import covers
 from deltaexp.errors import AddressingError
@@ -21,6 +21,10 @@ class FullConfig(DeltaConfig):
     delta_type: str = "full"
     exclude_modules: list[str] = field(default_factory=list)
     """Patterns of modules that are not trained, together with everything below them; none as a rule."""
+
+    learning_rate: ClassVar[float] = 5e-5
+    """Devlin et al., 2019, appendix A.3, choose among 5e-5, 3e-5 and 2e-5 for BERT on GLUE, with AdamW. This is the
+    largest; for larger backbones smaller ones are used."""
 
     def defaults(self) -> tuple[str, ...]:
         """Return the blocks, where ``layers`` chooses some of them; else the whole backbone is meant."""

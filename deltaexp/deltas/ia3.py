@@ -26,6 +26,9 @@ class Ia3Config(DeltaConfig):
 
     default_modules: ClassVar[tuple[str, ...]] = ("attn.k", "attn.v", "crossattn.k", "crossattn.v", "ff.w2")
     attribute: ClassVar[str] = "ia3"
+    learning_rate: ClassVar[float] = 3e-3
+    """Liu et al., 2022, appendix (T-Few; the authors' config has 3e-3 too), with Adafactor. That scales a step by the norm
+    of what it changes, which is 1 for vectors that start at 1; so AdamW's steps have the same size."""
 
     def build(self, site: Site) -> Ia3Layer:
         """Make the layer for a module.

@@ -22,6 +22,9 @@ class LnTuningConfig(DeltaConfig):
     delta_type: str = "ln_tuning"
 
     default_modules: ClassVar[tuple[str, ...]] = ("layer_norm",)
+    learning_rate: ClassVar[float] = 1e-3
+    """Zhao et al., 2024, search between 1e-7 and 2e-3, for multimodal models of 7 and 13 billion parameters. This is from
+    the upper end, as for `bitfit`, which trains as few parameters of the same kind."""
 
     def expand(self, name: str, module: nn.Module) -> list[str]:
         """Return the names of the normalisations in a module that is none itself."""

@@ -32,6 +32,9 @@ class LohaConfig(DeltaConfig):
 
     default_modules: ClassVar[tuple[str, ...]] = ("attn.q", "attn.v")
     attribute: ClassVar[str] = "loha"
+    learning_rate: ClassVar[float] = 1e-3
+    """The papers (Hyeon-Woo et al., 2022; Yeh et al., 2024) train convolutions and diffusion models and give no rate for
+    language models. This is twice LoRA's: the gradient of each factor is scaled by the small values of the others."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""

@@ -54,6 +54,9 @@ class LoraConfig(DeltaConfig):
 
     default_modules: ClassVar[tuple[str, ...]] = ("attn.q", "attn.v")
     attribute: ClassVar[str] = "lora"
+    learning_rate: ClassVar[float] = 5e-4
+    """The paper trains RoBERTa-base on GLUE with 4e-4 or 5e-4 (Hu et al., 2021, appendix D, table 9; the authors' scripts
+    for QNLI have 4e-4), with AdamW, warm-up over 6 % of the steps and a linear decay, as here."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""

@@ -17,6 +17,8 @@ class NoneConfig(DeltaConfig):
     delta_type: str = "none"
 
     trains_nothing: ClassVar[bool] = True
+    learning_rate: ClassVar[float] = 1e-3
+    """The usual one of Adam (Kingma & Ba, 2015): only a new head is trained, on features that stay what they are."""
 
     def __post_init__(self) -> None:
         """Refuse keys that would have no effect."""

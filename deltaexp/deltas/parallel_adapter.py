@@ -33,6 +33,9 @@ class ParallelAdapterConfig(DeltaConfig):
     default_modules: ClassVar[tuple[str, ...]] = ("attn", "attn", "ff.w1", "ff.w2")
     attribute: ClassVar[str] = "parallel_adapter"
     paired: ClassVar[bool] = True
+    learning_rate: ClassVar[float] = 3e-4
+    """He et al., 2022, take one rate for all types they compare, 1e-4 on GLUE and 5e-5 on XSum (appendix A; so do their
+    scripts). This is `adapter`'s, for the same reason: the layers are the same, at other places."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""

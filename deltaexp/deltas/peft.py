@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from deltaexp import registry
 from deltaexp.errors import ConfigError
 from deltaexp.registry import DeltaConfig, register
 
@@ -50,6 +51,8 @@ class PeftConfig(DeltaConfig):
     """The config as PEFT knows it: ``peft_type``, ``target_modules``, ``r`` and so on."""
 
     attribute: ClassVar[str] = "peft"
+    learning_rate: ClassVar[float] = 5e-4
+    """LoRA's, which is PEFT's default method; see `recommended_learning_rate` for the others."""
     builds_on_meta: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -78,6 +81,11 @@ class PeftConfig(DeltaConfig):
                 "layers and exclude_modules go with modified_modules. Without it, PEFT chooses the modules: write "
                 "peft.layers_to_transform or peft.exclude_modules."
             )
+
+    def recommended_learning_rate(self) -> float:
+        """Return that of the delta type of the same name, such as ``ia3``; where there is none, LoRA's."""
+        name = str(self.peft["peft_type"]).lower()
+        return registry.get(name).learning_rate if name in registry.known() else self.learning_rate
 
     def expand(self, name: str, module: nn.Module) -> list[str]:
         """Return the names of the modules that PEFT chooses in the backbone, or of the one chosen."""

@@ -34,6 +34,8 @@ class ReftConfig(DeltaConfig):
 
     default_modules: ClassVar[tuple[str, ...]] = ("block",)
     attribute: ClassVar[str] = "reft"
+    learning_rate: ClassVar[float] = 6e-4
+    """Wu et al., 2024: the authors' command for RoBERTa-base on CoLA has 6e-4, those for Llama have 9e-4; AdamW."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""

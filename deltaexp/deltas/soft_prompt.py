@@ -36,6 +36,10 @@ class SoftPromptConfig(DeltaConfig):
     """Whether tokens get the rows of the embedding table as they are, as in OpenDelta, also where the model scales them."""
 
     attribute: ClassVar[str] = "soft_prompt_layer"
+    learning_rate: ClassVar[float] = 3e-2
+    """Lester et al., 2021, section 3, take 0.3, constant, with Adafactor that does not scale its steps (so the same would
+    do for AdamW), on T5, whose embeddings are larger than others' by an order of magnitude. This is a tenth of it, for all
+    backbones; on T5 of the original size try 0.3."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""

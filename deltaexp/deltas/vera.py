@@ -30,6 +30,9 @@ class VeraConfig(DeltaConfig):
 
     default_modules: ClassVar[tuple[str, ...]] = ("attn.q", "attn.v")
     attribute: ClassVar[str] = "vera"
+    learning_rate: ClassVar[float] = 1e-2
+    """The paper takes 4e-3 to 1e-2 for the vectors, about ten times LoRA's, on RoBERTa-base and GLUE (Kopiczko et al.,
+    2024, appendix A); for the classifier it has a rate of its own in the same range."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""

@@ -16,11 +16,16 @@ from deltaexp.errors import ConfigError, did_you_mean, unknown
 from deltaexp.hubclient import check_push, is_repo_id
 from deltaexp.lab import public
 from deltaexp.redaction import is_secret
-from deltaexp.registry import checked
+from deltaexp.registry import DeltaConfig, checked
 
 DTYPES = ("float32", "bfloat16", "float16")
 KINDS = ("seq2seq", "classification")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
+NO_FP16 = (
+    "trainer.precision=fp16 needs a GPU: its small numbers vanish without scaling of the loss, which there is not for the CPU. "
+    "Take trainer.precision=bf16 or fp32 there."
+)
 TRACKERS = ("none", "wandb")
 WANDB_MODES = ("online", "offline", "disabled")
 
@@ -107,13 +112,20 @@ class TrainerConfig:
     """Rows in a step, per device."""
     eval_batch_size: int = 128
     gradient_accumulation_steps: int = 1
-    learning_rate: float = 1e-3
+    learning_rate: Optional[float] = None
+    """The largest learning rate of the schedule; null takes the one that is recommended for the delta type."""
+    precision: str = "auto"
+    """What is computed in while training and evaluating: ``fp32``; ``bf16`` or ``fp16``, mixed with float32 by autocast;
+    ``auto``: bf16 on a GPU that has it, fp16 on one that has not, fp32 on the CPU. What the weights are held in is
+    `backbone.dtype`."""
     lr_scheduler: str = "linear"
     warmup_ratio: float = 0.06
     """Part of the steps over which the learning rate rises from zero."""
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     """Norm to which the gradient is clipped."""
+    evaluate_before: bool = True
+    """Evaluate the backbone as it is on the final split, too."""
     eval_every: Optional[int] = None
     """Evaluate on the validation split every so many steps while training; null: only if early stopping is on."""
     early_stopping_patience: Optional[int] = None
@@ -213,6 +225,14 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
     return run
 
 
+def completed(run: RunConfig, delta_config: DeltaConfig) -> RunConfig:
+    """Return a run's config with what depends on the delta type filled in: the recommended learning rate where none is set."""
+    if run.trainer.learning_rate is not None:
+        return run
+    trainer = dataclasses.replace(run.trainer, learning_rate=delta_config.recommended_learning_rate())
+    return dataclasses.replace(run, trainer=trainer)
+
+
 def check(run: RunConfig) -> None:
     """Check the values of a run that types alone do not rule out.
 
@@ -223,6 +243,7 @@ def check(run: RunConfig) -> None:
         ("backbone", "dtype", DTYPES),
         ("task", "kind", KINDS),
         ("trainer", "lr_scheduler", SCHEDULES),
+        ("trainer", "precision", PRECISIONS),
         ("tracker", "name", TRACKERS),
     ):
         value = getattr(getattr(run, section), key)
@@ -248,8 +269,10 @@ def check(run: RunConfig) -> None:
     if trainer.max_steps < 1 and trainer.max_steps != -1:
         raise ConfigError(f"trainer.max_steps is {trainer.max_steps}; it must be at least 1, or -1 to go by trainer.epochs.")
     for key in ("epochs", "learning_rate", "max_grad_norm"):
-        if getattr(trainer, key) <= 0:
+        if (value := getattr(trainer, key)) is not None and value <= 0:
             raise ConfigError(f"trainer.{key} is {getattr(trainer, key)}; it must be greater than 0.")
+    if trainer.precision == "fp16" and trainer.cpu:
+        raise ConfigError(NO_FP16)
     for key in ("weight_decay", "save_every"):
         if (getattr(trainer, key) or 0) < 0:
             raise ConfigError(f"trainer.{key} is {getattr(trainer, key)}; it must be at least 0.")

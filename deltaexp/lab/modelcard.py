@@ -216,7 +216,7 @@ def _evaluated(results: dict[str, Any], others: Sequence[dict[str, Any]], datase
 
 
 def _metrics(results: dict[str, Any], others: Sequence[dict[str, Any]]) -> str:
-    before, after = results["metrics"]["before"], results["metrics"]["after"]
+    before, after = results["metrics"].get("before", {}), results["metrics"]["after"]
     several = f" {len(others) + 1} seeds |" if others else ""
     rows = []
     for name in _names(results):
@@ -255,6 +255,7 @@ def _trained(results: dict[str, Any]) -> str:
         "steps": f"{results['steps']:,}, of {batch} rows each",
         "rows": ", ".join(f"{split} {results['rows'][split]:,}" for split in SPLITS if split in results["rows"]),
         "trainable parameters": f"{results['parameters']['trainable']:,} of {results['parameters']['backbone']:,}",
+        "precision": results.get("precision", "fp32"),
         "learning rate": f"{run['trainer']['learning_rate']:g}, {run['trainer']['lr_scheduler']}",
         "seeds": ", ".join(f"{name} {results['seeds'][name]}" for name in PURPOSES),
         "time": f"{results['seconds']['train']:.1f} s training, {results['seconds']['total']:.1f} s in all",

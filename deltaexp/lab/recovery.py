@@ -33,7 +33,7 @@ RECORD, LOCK, DELTA, CHECKPOINTS = "run.json", ".run.lock", "delta", "checkpoint
 FORMAT = 1
 NO_MATTER = (
     "hub", "tracker", "resume", "task.dataset", "task.language", "trainer.progress", "trainer.save_every",
-    "trainer.keep_checkpoints", "trainer.log_every",
+    "trainer.evaluate_before", "trainer.keep_checkpoints", "trainer.log_every",
 )  # fmt: skip
 """Keys and sections that the trained delta does not depend on; a run may be continued with others."""
 NO_ROOM = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota of the disk is used up"}

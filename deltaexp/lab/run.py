@@ -27,7 +27,7 @@ from deltaexp.digest_cache import model_digests
 from deltaexp.errors import DamagedFileError, DeltaExpError, RunError, listing
 from deltaexp.lab import backbones, checkpoints, modelcard, public, pushing, recovery, tracking, training
 from deltaexp.lab.checkpoints import Checkpoints
-from deltaexp.lab.config import RunConfig
+from deltaexp.lab.config import RunConfig, completed
 from deltaexp.lab.memory import PeakMemory
 from deltaexp.lab.tasks import data as task_data
 from deltaexp.lab.tasks.kinds import KINDS
@@ -97,6 +97,7 @@ def run(
     """
     folder = Path(folder).resolve()
     console = console or Console(highlight=False, soft_wrap=True)
+    config = completed(config, delta_config)
     config_dict = recovery.describe(config, delta_config)
     with recovery.explained(folder, again), recovery.claim(folder, config_dict, config.resume) as claim:
         run_it = _show if claim.finished else _train
@@ -107,6 +108,7 @@ def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, 
     """Do the whole of a run, or what is left of it."""
     folder, seeds, config_dict = claim.folder, config.resolved_seeds(), claim.record.config
     target = folder / recovery.DELTA
+    precision = training.precision(config.trainer)
     saved = Checkpoints(folder / recovery.CHECKPOINTS, config.trainer.save_every)
     checkpoint_folder, notes = _where_it_was(claim, saved, console)
     clock = Clock(console, dict(notes.get("seconds", {})))
@@ -142,7 +144,7 @@ def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, 
             kind = KINDS[config.task.kind](config.task, backbone.tokenizer)
             splits = kind.tokenised(data)
         base = model_sha256(model_digests(backbone.model, delta_model.base_tensors()))
-        inputs = {"data": data.fingerprint, "digest of the backbone": base}
+        inputs = {"data": data.fingerprint, "digest of the backbone": base, "precision": precision}
         _check_same(notes.get("inputs", {}), inputs)
         rows = {split: len(table) for split, table in splits.items()}
         console.print("  rows: " + listing(f"{split} {count:,}" for split, count in rows.items()))
@@ -156,9 +158,8 @@ def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, 
 
         # 5. The backbone as it is, 6. training, 7. the delta.
         final = splits[data.evaluated]
-        if "before" in notes:
-            before = notes["before"]
-        else:
+        before = notes.get("before")
+        if before is None and config.trainer.evaluate_before:
             told = f"evaluating the backbone as it is on {data.evaluated}"
             with clock.phase("evaluate before", told), delta_model.detached():
                 before = training.evaluate(trainer, final)
@@ -169,7 +170,8 @@ def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, 
             "peak": _larger(peak, memory.read()),
             "inputs": inputs,
         }
-        with clock.phase("train", f"training for {trainer.args.max_steps:,} steps"):
+        told = f"training for {trainer.args.max_steps:,} steps in {precision}, learning rate {config.trainer.learning_rate:g}"
+        with clock.phase("train", told):
             if counts["trainable"]:
                 trainer.train_from(checkpoint_folder)
             else:
@@ -177,11 +179,13 @@ def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, 
         peak = _larger(peak, memory.read())
         with clock.phase("evaluate after", f"evaluating with the delta on {data.evaluated}"):
             after = training.evaluate(trainer, final)
-        metrics = {"before": before, "after": after}
+        metrics = {"after": after} if before is None else {"before": before, "after": after}
         if data.evaluated != "validation":
             # What a choice between runs goes by: the test split is for the one that was chosen.
             with clock.phase("validate", "evaluating with the delta on validation"):
                 metrics["validation"] = training.evaluate(trainer, splits["validation"])
+
+        trainer.unwrap()
 
         # 8. Save; load into a fresh backbone, as others will; compare.
         stage = folder / ".delta.unverified"
@@ -203,6 +207,7 @@ def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, 
             "metrics": metrics,
             "training_log": trainer.state.log_history,
             "steps": trainer.state.global_step,
+            "precision": precision,
             "seeds": seeds,
             "rows": rows,
             "truncated": data.truncated,
@@ -371,7 +376,7 @@ def _versions() -> dict[str, str]:
 def _print_results(console: Console, results: dict[str, Any], folder: Path, loader: str) -> None:
     """Print a short table, and the lines that load the delta."""
     table = Table("metric", "backbone as it is", "with the delta", title=f"on {results['evaluated_on']}")
-    before, after = results["metrics"]["before"], results["metrics"]["after"]
+    before, after = results["metrics"].get("before", {}), results["metrics"]["after"]
     for name, value in after.items():
         table.add_row(name, f"{before[name]:.4f}" if name in before else "-", f"{value:.4f}")
     console.print(table)

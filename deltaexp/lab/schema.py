@@ -89,7 +89,7 @@ def split(cfg: DictConfig) -> tuple[RunConfig, DeltaConfig]:
     lab_config.check_secrets(delta)
     run_config, delta_config = lab_config.from_dict(run), DeltaConfig.from_dict(delta)
     lab_config.check_hub(run_config, delta_config.delta_type)
-    return run_config, delta_config
+    return lab_config.completed(run_config, delta_config), delta_config
 
 
 def composed(overrides: Sequence[str], search_path: Sequence[str] = ()) -> tuple[RunConfig, DeltaConfig]:

@@ -74,7 +74,7 @@ class WandbTracker(Tracker):
 
     def summarise(self, results: dict[str, Any]) -> None:
         """Log the metrics before and after as a table, and the numbers into the run's summary."""
-        before, after = results["metrics"]["before"], results["metrics"]["after"]
+        before, after = results["metrics"].get("before", {}), results["metrics"]["after"]
         table = self._wandb.Table(columns=["metric", "before", "after"], data=[[k, before.get(k), after[k]] for k in after])
         self.run.log({"results": table})
         self.run.summary.update({f"after/{name}": value for name, value in after.items()})

@@ -11,14 +11,21 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Sampler
-from transformers import EarlyStoppingCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback, TrainerState
+from transformers import (
+    EarlyStoppingCallback,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    TrainerCallback,
+    TrainerState,
+    set_seed,
+)
 from transformers.trainer_callback import ExportableState, PrinterCallback
 
 from deltaexp.checkpoint import WEIGHTS
-from deltaexp.errors import DamagedFileError, listing
+from deltaexp.errors import ConfigError, DamagedFileError, listing
 from deltaexp.lab import checkpoints
 from deltaexp.lab.checkpoints import Checkpoints
-from deltaexp.lab.config import TrainerConfig
+from deltaexp.lab.config import NO_FP16, TrainerConfig
 from deltaexp.lab.tasks.kinds import Kind
 from deltaexp.model import DeltaModel
 
@@ -38,6 +45,8 @@ class DeltaTrainer(Seq2SeqTrainer):
 
     def train_from(self, checkpoint: Path | None) -> None:
         """Train, from a checkpoint on where there is one; where training had ended, only its outcome is taken over."""
+        if checkpoint is None:
+            set_seed(self.args.seed)  # training is the same whatever was evaluated before
         if checkpoint is None or not checkpoints.read_values(checkpoint)["ended"]:
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             return
@@ -45,6 +54,12 @@ class DeltaTrainer(Seq2SeqTrainer):
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
         if self.args.load_best_model_at_end:
             self._load_best_model()
+
+    def unwrap(self) -> None:
+        """Take the autocast of accelerate off the backbone, which computes in the precision of its weights again."""
+        # unwrap_model(keep_fp32_wrapper=False) of accelerate takes off the decorators of the model's own class, too.
+        for name in ("forward", "_original_forward"):
+            self.delta_model.backbone_model.__dict__.pop(name, None)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.store_flos()
@@ -56,7 +71,8 @@ class DeltaTrainer(Seq2SeqTrainer):
         layers = [attachment.layer for attachment in self.delta_model.attachments]
         # What the loss has added up to since the last entry of the log; Trainers of some versions keep it to themselves.
         loss = [float(self._tr_loss), self._globalstep_last_logged] if hasattr(self, "_tr_loss") else None
-        values = {"notes": self.notes(), "ended": self.control.should_training_stop, "loss": loss}
+        scaler = None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
+        values = {"notes": self.notes(), "ended": self.control.should_training_stop, "loss": loss, "scaler": scaler}
 
         def fill(folder: Path) -> None:
             checkpoints.write_tensors(folder / WEIGHTS, self.delta_model.delta_tensors())
@@ -86,6 +102,10 @@ class DeltaTrainer(Seq2SeqTrainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             checkpoints.load_random(Path(checkpoint))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(checkpoints.read_values(Path(checkpoint))["scaler"])
 
     def _load_best_model(self) -> None:
         best = self._best()
@@ -204,6 +224,26 @@ class StepCallback(TrainerCallback):
         self.delta_model.after_step(state.global_step + 1, state.max_steps)
 
 
+def precision(config: TrainerConfig) -> str:
+    """Return what is computed in, ``fp32``, ``bf16`` or ``fp16``, where ``auto`` leaves it to the hardware.
+
+    Raises:
+        ConfigError: If the hardware cannot do what is asked for.
+    """
+    gpu = torch.cuda.is_available() and not config.cpu
+    has_bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    if config.precision == "auto":
+        return ("bf16" if has_bf16 else "fp16") if gpu else "fp32"
+    if config.precision == "fp16" and not gpu:
+        raise ConfigError(NO_FP16)
+    if config.precision == "bf16" and gpu and not has_bf16:
+        raise ConfigError(
+            f"trainer.precision=bf16 is not what the GPU ({torch.cuda.get_device_name()}) computes in. Take "
+            "trainer.precision=fp16 or fp32."
+        )
+    return config.precision
+
+
 def build(
     config: TrainerConfig,
     delta_model: DeltaModel,
@@ -224,7 +264,10 @@ def build(
         seeds: The seeds of ``data`` and ``dropout``.
         callbacks: The tracker's callbacks.
     """
-    model = delta_model.backbone_model
+    model, mixed = delta_model.backbone_model, precision(config)
+    if mixed == "fp16":
+        _check_scaled(delta_model)
+    assert config.learning_rate is not None, "see deltaexp.lab.config.completed"
     stopping = config.early_stopping_patience
     steps = config.max_steps
     if steps < 1:
@@ -244,7 +287,10 @@ def build(
         max_grad_norm=config.max_grad_norm,
         seed=seeds["dropout"],
         data_seed=seeds["data"],
-        use_cpu=config.cpu,
+        # transformers takes bf16 for a GPU's unless it is told to stay on the CPU.
+        use_cpu=config.cpu or (mixed == "bf16" and not torch.cuda.is_available()),
+        bf16=mixed == "bf16",
+        fp16=mixed == "fp16",
         eval_strategy="steps" if every else "no",
         eval_steps=every,
         # With "steps" there is one in the end too; those between are `CheckpointCallback`'s, and rotating them `Checkpoints`'.
@@ -279,6 +325,20 @@ def build(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _check_scaled(delta_model: DeltaModel) -> None:
+    """Check that the gradients of a scaled loss can be scaled back, which those in half precision cannot.
+
+    Raises:
+        ConfigError: If a trainable parameter is in half precision.
+    """
+    half = [name for name, p in delta_model.trainable_parameters().items() if p.dtype == torch.float16]
+    if half:
+        raise ConfigError(
+            f"trainer.precision=fp16 scales the loss, for which what is trained must be in float32, and {listing(half, 2)} "
+            "are in float16. Take backbone.dtype=float32, or trainer.precision=fp32 to train them as they are."
+        )
 
 
 def evaluate(trainer: DeltaTrainer, rows: Any) -> dict[str, float]:

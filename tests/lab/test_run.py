@@ -197,3 +197,20 @@ def test_the_cache_of_tokenised_data_is_used_again(tmp_path: Path, monkeypatch: 
     assert len(list((tmp_path / "cache" / "tokenised").iterdir())) == 2
     shutil.rmtree(tmp_path / "cache")
     assert json.loads((tmp_path / "a/delta/results.json").read_text())["rows"]["train"] == 48
+
+
+def test_in_half_precision_and_without_the_evaluation_before(tmp_path: Path, small_bert: Path, small_reviews: Path) -> None:
+    words = [*reviews(small_bert, small_reviews), "trainer.precision=bf16"]
+    outcome = go(tmp_path / "short", *words, "trainer.evaluate_before=false")
+    results = read_results(outcome.folder)
+    assert set(results["metrics"]) == {"after"}
+    assert "evaluate before" not in results["seconds"]
+    assert results["precision"] == "bf16"
+    assert results["config"]["trainer"]["precision"] == "bf16"
+    assert results["verification"]["max_logit_difference"] == 0.0
+    assert "| precision | bf16 |" in (outcome.folder / "README.md").read_text()
+    # What is trained does not depend on what was evaluated before.
+    whole = go(tmp_path / "whole", *words)
+    weights = "delta_model.safetensors"
+    assert file_sha256(outcome.folder / weights) == file_sha256(whole.folder / weights)
+    assert set(read_results(whole.folder)["metrics"]) == {"before", "after"}

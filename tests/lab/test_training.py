@@ -6,10 +6,12 @@ import pytest
 import torch
 from small import bert, reviews
 
-from deltaexp import AutoDeltaConfig, AutoDeltaModel
-from deltaexp.lab import backbones, training
+from deltaexp import AutoDeltaConfig, AutoDeltaModel, registry
+from deltaexp.errors import ConfigError
+from deltaexp.lab import backbones, schema, training
 from deltaexp.lab.checkpoints import Checkpoints
 from deltaexp.lab.config import BackboneConfig, TaskConfig, TrainerConfig
+from deltaexp.lab.recovery import Record, describe
 from deltaexp.lab.tasks import data as task_data
 from deltaexp.lab.tasks.kinds import KINDS
 from deltaexp.model import DeltaModel
@@ -25,7 +27,17 @@ def trainer_for(folder: Path, delta: dict, **trainer: object) -> tuple[training.
     delta_model.freeze_module(exclude=["deltas", *backbone.new])
     kind = KINDS[task.kind](task, backbone.tokenizer)
     splits = kind.tokenised(task_data.load(task, progress=False))
-    settings = TrainerConfig(max_steps=4, batch_size=8, progress=False, cpu=True, lr_scheduler="constant", **trainer)
+    settings = TrainerConfig(
+        **{
+            "max_steps": 4,
+            "batch_size": 8,
+            "progress": False,
+            "cpu": True,
+            "lr_scheduler": "constant",
+            "learning_rate": 1e-3,
+            **trainer,
+        }
+    )
     seeds = {"init": 1, "data": 1, "dropout": 1}
     return training.build(settings, delta_model, kind, splits, Checkpoints(folder / "checkpoints"), seeds, []), delta_model
 
@@ -86,3 +98,47 @@ def test_parameters_without_a_gradient_are_named(tmp_path: Path) -> None:
     delta_model.backbone_model.bert.add_module("idle", layer)
     with pytest.warns(UserWarning, match=r"2 trainable parameters have no gradient \(bert\.idle\.weight, bert\.idle\.bias\)"):
         trainer.train()
+
+
+def test_the_learning_rate_is_the_recommended_one_unless_another_is_named() -> None:
+    for name in registry.known():
+        config, delta = schema.composed([f"delta_type={name}", "task=sst2", "backbone=minilm"])
+        assert config.trainer.learning_rate == registry.get(name).learning_rate
+        named = [f"delta_type={name}", "task=sst2", "backbone=minilm", f"trainer.learning_rate={config.trainer.learning_rate}"]
+        # Who names the same number continues the same run.
+        assert Record(describe(config, delta)).fingerprint == Record(describe(*schema.composed(named))).fingerprint
+    assert schema.composed([])[0].trainer.learning_rate == 5e-3  # the task's
+    direct = schema.composed(["delta_type=prefix", "reparameterize=false", "task=sst2"])[0]
+    assert direct.trainer.learning_rate == 5e-3
+    other = schema.composed(["delta_type=peft", "peft.peft_type=IA3", "task=sst2"])[0]
+    assert other.trainer.learning_rate == registry.get("ia3").learning_rate
+
+
+def test_half_precision(tmp_path: Path) -> None:
+    settings = TrainerConfig(cpu=True)
+    assert training.precision(settings) == "fp32"
+    with pytest.raises(ConfigError, match=r"trainer\.precision=fp16 needs a GPU"):
+        training.precision(TrainerConfig(cpu=True, precision="fp16"))
+    with pytest.raises(ConfigError, match="needs a GPU"):
+        schema.composed(["trainer.precision=fp16", "trainer.cpu=true"])
+    with pytest.raises(ConfigError, match=r"Did you mean 'bf16'"):
+        schema.composed(["trainer.precision=bf61"])
+
+    trainer, delta_model = trainer_for(tmp_path, {"delta_type": "lora"}, precision="bf16")
+    layer = delta_model.attachments[0].layer
+    seen: list[torch.dtype] = []
+    handle = layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    trainer.train_from(None)
+    handle.remove()
+    assert set(seen) == {torch.bfloat16}
+    assert {p.dtype for p in delta_model.trainable_parameters().values()} == {torch.float32}
+    assert {p.grad.dtype for p in delta_model.trainable_parameters().values() if p.grad is not None} <= {torch.float32}
+    trainer.unwrap()
+    model = delta_model.backbone_model.eval()
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(4)])
+    with torch.no_grad():
+        logits = model(**batch).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = model(**batch).logits
+    assert not torch.equal(logits, mixed)
+    assert "forward" not in model.__dict__
