@@ -128,6 +128,10 @@ class DeltaConfig:
         """Return the recommended learning rate for AdamW, where it depends on other keys."""
         return self.learning_rate
 
+    def positions(self) -> int:
+        """Return how many of the backbone's positions the delta takes for itself, so that inputs have to be shorter."""
+        return 0
+
     def learning_rate_factor(self, parameter: str) -> float:
         """Return what the learning rate is multiplied by for the delta's parameter of that name."""
         return 1.0

@@ -33,7 +33,7 @@ FENCES = {
     "hydra": {"lab/schema.py", "__main__.py"},
     "omegaconf": {"lab/schema.py", "__main__.py"},
     "wandb": {"lab/tracking.py"},
-    "datasets": {"lab/tasks/data.py", "lab/tasks/kinds.py"},
+    "datasets": {path.relative_to(PACKAGE).as_posix() for path in (PACKAGE / "lab" / "tasks").rglob("*.py")},
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 

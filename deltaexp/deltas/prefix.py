@@ -56,6 +56,10 @@ class PrefixConfig(DeltaConfig):
         """Return the one for what is trained: the MLP, or keys and values themselves."""
         return self.learning_rate if self.reparameterize else 5e-3
 
+    def positions(self) -> int:
+        """Return the length of the prefix where the text starts behind it."""
+        return self.prefix_token_num if self.prefix_positions == "shifted" else 0
+
     def build(self, site: Site) -> _CarriedLayer | None:
         """Make the layer for one attention; None for what is none, where the default modules have others that are.
 

@@ -55,6 +55,10 @@ class SoftPromptConfig(DeltaConfig):
 
         return [place_name(name, module)]
 
+    def positions(self) -> int:
+        """Return the length of the prompt."""
+        return self.soft_token_num
+
     def build(self, site: Site) -> SoftPromptLayer:
         """Make the vectors for one model."""
         return SoftPromptLayer(self, place_of(site, self.soft_token_num))

@@ -19,7 +19,9 @@ from transformers.utils import logging
 from deltaexp.addressing import covers
 from deltaexp.digest_cache import read_ahead
 from deltaexp.errors import BackboneMismatchError, ConfigError, DeltaExpError, listing
-from deltaexp.lab.config import BackboneConfig, TaskConfig
+from deltaexp.lab.config import BackboneConfig
+from deltaexp.lab.taskconfig import TaskConfig
+from deltaexp.lab.tasks.kinds import Kind, choose
 from deltaexp.manifest import read_manifest
 from deltaexp.registry import DeltaConfig
 
@@ -36,6 +38,8 @@ class Backbone:
     """Its ``backbone.source``."""
     new: list[str]
     """Patterns of the parameters that the checkpoint did not have, such as a new classifier."""
+    kind: type[Kind]
+    """How it does the task that it was loaded for."""
 
 
 def location(source: str) -> str:
@@ -64,34 +68,49 @@ def location(source: str) -> str:
     return str(Path(source).expanduser()) if source.startswith("~") else source
 
 
+def settings_of(config: BackboneConfig) -> Any:
+    """Return the config of a backbone, as transformers reads it.
+
+    Raises:
+        ConfigError: If it is not there.
+        DeltaExpError: If it cannot be read.
+    """
+    place = location(config.source)
+    options = {"revision": config.revision} if config.revision else {}
+    try:
+        return transformers.AutoConfig.from_pretrained(place, trust_remote_code=config.trust_remote_code, **options)
+    except (OSError, ValueError) as error:
+        raise _not_loaded(config, error) from error
+
+
 def load(config: BackboneConfig, task: TaskConfig) -> Backbone:
     """Load backbone and tokenizer for a task.
+
+    Args:
+        config: Which one, and how.
+        task: The task; if its kind has classes, with their names.
 
     Raises:
         ConfigError: If the backbone cannot do the task.
         DeltaExpError: If it cannot be loaded.
     """
+    kind = choose(task, settings_of(config), config.name)
     place = location(config.source)
     options: dict[str, Any] = {"revision": config.revision} if config.revision else {}
     options["trust_remote_code"] = config.trust_remote_code
+    options |= kind.model_options(task)
     try:
-        settings = transformers.AutoConfig.from_pretrained(place, **options)
-        chosen = auto_class(settings, task, config.name)
-        if task.kind == "classification":
-            names = dict(enumerate(task.labels))
-            options |= {"id2label": names, "label2id": {label: number for number, label in names.items()}}
-            options |= {"num_labels": len(task.labels)}
         tokenizer = load_tokenizer(config, place)
         dtype = getattr(torch, config.dtype)
         with _without_report(), read_ahead(place, dtype):
-            model, info = chosen.from_pretrained(place, dtype=dtype, output_loading_info=True, **options)
+            model, info = kind.auto_class().from_pretrained(place, dtype=dtype, output_loading_info=True, **options)
     except (OSError, ValueError) as error:
         raise _not_loaded(config, error) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # decoders are trained without padding, batches need it
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    return Backbone(model, tokenizer, config.source, new_patterns(model, info["missing_keys"]))
+    return Backbone(model, tokenizer, config.source, new_patterns(model, info["missing_keys"]), kind)
 
 
 def load_recorded(config: BackboneConfig, folder: Path, delta_config: DeltaConfig, labels: int | None = None) -> nn.Module:
@@ -193,22 +212,6 @@ def new_patterns(model: nn.Module, missing: Iterable[str]) -> list[str]:
                     patterns.append(pattern)
                 break
     return patterns
-
-
-def auto_class(settings: Any, task: TaskConfig, name: str) -> Any:
-    """Return the class that loads a backbone with these settings for a task.
-
-    Raises:
-        ConfigError: If the backbone cannot do the task.
-    """
-    if task.kind == "classification":
-        return transformers.AutoModelForSequenceClassification
-    if not settings.is_encoder_decoder:
-        raise ConfigError(
-            f"The task {task.name!r} turns text into text, for which this version needs an encoder-decoder such as "
-            f"tiny_t5 or t5_base; the backbone {name!r} is a {settings.model_type} model without a decoder of its own."
-        )
-    return transformers.AutoModelForSeq2SeqLM
 
 
 def load_tokenizer(config: BackboneConfig, place: str) -> Any:

@@ -35,6 +35,7 @@ def collect(folder: str | Path) -> list[dict[str, Any]]:
             {
                 "delta_type": f"{name}:{method}" if method else name,
                 "metric": found["task_metric"],
+                "better": 1.0 if found.get("greater_is_better", True) else -1.0,
                 "validation": metrics.get("validation", metrics["after"])[found["task_metric"]],
                 "test": metrics["after"][found["task_metric"]],
                 "trainable": found["parameters"]["trainable"],
@@ -54,9 +55,18 @@ def best(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Keep of every delta type the run that is best on the validation split, the test split having no say; best first."""
     chosen: dict[str, dict[str, Any]] = {}
     for row in rows:
-        if row["delta_type"] not in chosen or row["validation"] > chosen[row["delta_type"]]["validation"]:
+        if row["delta_type"] not in chosen or _score(row, "validation") > _score(chosen[row["delta_type"]], "validation"):
             chosen[row["delta_type"]] = row
-    return sorted(chosen.values(), key=lambda row: (-row["test"], row["trainable"]))
+    return sorted(chosen.values(), key=_rank)
+
+
+def _score(row: dict[str, Any], split: str) -> float:
+    """Return a run's metric, or its negative where a lower one is better."""
+    return row["better"] * row[split]
+
+
+def _rank(row: dict[str, Any]) -> tuple[float, int]:
+    return -_score(row, "test"), row["trainable"]
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
@@ -68,7 +78,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 def show(folder: str | Path, only_best: bool = False, console: Console | None = None) -> Path:
     """Print the runs below a folder, the best first, and write them to ``comparison.md`` there; return its path."""
     rows = collect(folder)
-    rows = best(rows) if only_best else sorted(rows, key=lambda row: (-row["test"], row["trainable"]))
+    rows = best(rows) if only_best else sorted(rows, key=_rank)
     metrics = " / ".join(sorted({row["metric"] for row in rows}))
     table = Table(
         title=f"{metrics} of {len(rows)} runs, {'the best on validation of each type' if only_best else 'best first'}"

@@ -14,12 +14,12 @@ from typing import Any, Optional
 from deltaexp.card import LANGUAGE, LICENSES
 from deltaexp.errors import ConfigError, did_you_mean, unknown
 from deltaexp.hubclient import check_push, is_repo_id
-from deltaexp.lab import public
+from deltaexp.lab import public, taskconfig
+from deltaexp.lab.taskconfig import TaskConfig
 from deltaexp.redaction import is_secret
 from deltaexp.registry import DeltaConfig, checked
 
 DTYPES = ("float32", "bfloat16", "float16")
-KINDS = ("seq2seq", "classification")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 NO_FP16 = (
@@ -58,47 +58,6 @@ class BackboneConfig:
     """Precision in which the weights are held."""
     trust_remote_code: bool = False
     """Run Python code that the checkpoint brings along; read that code first."""
-
-
-@dataclass
-class TaskConfig:
-    """The data, what is to be learnt from them and how it is measured."""
-
-    name: str = ""
-    """Short name, used in folders and tables."""
-    kind: str = ""
-    """``seq2seq``: text to text; ``classification``: one of the labels for a text or a pair of texts."""
-    data: str = ""
-    """A dataset of the Hub, a local folder or file, or ``generated:NAME`` for one that deltaexp makes itself."""
-    subset: Optional[str] = None
-    """Configuration of a dataset of the Hub that has several."""
-    train_split: str = "train"
-    validation_split: str = "validation"
-    test_split: Optional[str] = "test"
-    """Split of the final evaluation; null where its labels are not public, then the validation split is taken."""
-    inputs: list[str] = field(default_factory=list)
-    """Columns that hold the text, or the two texts of a pair."""
-    target: str = ""
-    """Column that holds the target text or the label."""
-    labels: list[str] = field(default_factory=list)
-    """Names of the classes, in the order of their numbers."""
-    train_rows: Optional[int] = None
-    """Take only so many rows of the training split, drawn with `data_seed`; null takes all."""
-    validation_rows: Optional[int] = None
-    test_rows: Optional[int] = None
-    max_source_length: int = 128
-    """Longest input in tokens; what is longer is cut, and counted."""
-    max_target_length: int = 64
-    """Longest target in tokens, and longest generated answer."""
-    probe_rows: int = 4
-    """Rows of the final split that are saved with the delta, as tokens, with some logits on them: `verify` compares these with
-    ``probe=true``. 0 saves none, for data that nobody else may see."""
-    data_seed: int = 0
-    """Seed of generated data and of the choice of rows; the same for all seeds of a study."""
-    dataset: Optional[str] = None
-    """The dataset of the Hub that the model card names, where `data` is a copy of it; null takes `data` if it is one."""
-    language: Optional[str] = None
-    """The language of the data for the model card, such as ``en``; null leaves it out."""
 
 
 @dataclass
@@ -241,7 +200,6 @@ def check(run: RunConfig) -> None:
     """
     for section, key, allowed in (
         ("backbone", "dtype", DTYPES),
-        ("task", "kind", KINDS),
         ("trainer", "lr_scheduler", SCHEDULES),
         ("trainer", "precision", PRECISIONS),
         ("tracker", "name", TRACKERS),
@@ -251,20 +209,16 @@ def check(run: RunConfig) -> None:
             raise ConfigError(unknown(f"{section}.{key}", value, allowed))
     if not run.backbone.source:
         raise ConfigError("backbone.source is empty; name a repository of the Hub or a folder, e.g. backbone.source=t5-base.")
-    if not run.task.data:
-        raise ConfigError("task.data is empty; name a dataset of the Hub or a folder, e.g. task.data=../data/sst2.")
     at_least_one = {
         "trainer": ("batch_size", "eval_batch_size", "gradient_accumulation_steps", "eval_every", "log_every",
                     "early_stopping_patience"),
-        "task": ("train_rows", "validation_rows", "test_rows", "max_source_length", "max_target_length"),
     }  # fmt: skip
     for section, keys in at_least_one.items():
         for key in keys:
             value = getattr(getattr(run, section), key)
             if value is not None and value < 1:
                 raise ConfigError(f"{section}.{key} is {value}; it must be at least 1.")
-    if run.task.probe_rows < 0:
-        raise ConfigError(f"task.probe_rows is {run.task.probe_rows}; it must be at least 0.")
+    taskconfig.check(run.task)
     trainer = run.trainer
     if trainer.max_steps < 1 and trainer.max_steps != -1:
         raise ConfigError(f"trainer.max_steps is {trainer.max_steps}; it must be at least 1, or -1 to go by trainer.epochs.")
@@ -278,10 +232,6 @@ def check(run: RunConfig) -> None:
             raise ConfigError(f"trainer.{key} is {getattr(trainer, key)}; it must be at least 0.")
     if not 0 <= trainer.warmup_ratio < 1:
         raise ConfigError(f"trainer.warmup_ratio is {trainer.warmup_ratio}; it must be at least 0 and less than 1.")
-    if run.task.kind == "classification" and len(run.task.labels) < 2:
-        raise ConfigError("A classification task needs at least two names in task.labels, in the order of their numbers.")
-    if len(run.task.inputs) not in (1, 2) or not run.task.target:
-        raise ConfigError("A task needs one or two columns in task.inputs and one in task.target.")
     if run.tracker.mode not in (None, *WANDB_MODES):
         raise ConfigError(unknown("tracker.mode", run.tracker.mode, WANDB_MODES))
     check_hub(run)

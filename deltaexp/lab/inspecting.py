@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 
 import torch
-import transformers
 from rich.console import Console
 from rich.table import Table
 
 from deltaexp.errors import DeltaExpError
 from deltaexp.lab import backbones
 from deltaexp.lab.config import RunConfig
+from deltaexp.lab.tasks.kinds import choose
 from deltaexp.structure import Rows, blocks, common_structure, linear_dims
 
 
@@ -28,15 +28,13 @@ def show(config: RunConfig, console: Console | None = None) -> None:
     console = console or Console(highlight=False)
     if not console.is_terminal:
         console = Console(file=console.file, highlight=False, width=160)  # a file is as wide as the table needs
-    place = backbones.location(config.backbone.source)
-    options = {"revision": config.backbone.revision} if config.backbone.revision else {}
+    settings = backbones.settings_of(config.backbone)
+    auto_class = choose(config.task, settings, config.backbone.name).auto_class()
     try:
-        settings = transformers.AutoConfig.from_pretrained(place, **options)
-        auto_class = backbones.auto_class(settings, config.task, config.backbone.name)
         with torch.device("meta"):
             backbone = auto_class.from_config(settings)
     except (OSError, ValueError) as error:
-        raise DeltaExpError(f"The config of the backbone {config.backbone.source!r} could not be read: {error}") from error
+        raise DeltaExpError(f"No model can be made of the config of {config.backbone.source!r}: {error}") from error
 
     modules = dict(backbone.named_modules())
     rows: dict[tuple[str, str, str], list[str]] = {}

@@ -29,8 +29,20 @@ from deltaexp.registry import DeltaConfig
 from deltaexp.visualize import STYLES, Visualization
 
 PICTURE = "structure.svg"
-TASK_TYPES = {"classification": "text-classification", "seq2seq": "text2text-generation"}
+TASK_TYPES = {
+    "classification": "text-classification",
+    "regression": "text-classification",
+    "token_classification": "token-classification",
+    "multiple_choice": "multiple-choice",
+    "seq2seq": "text2text-generation",
+    "causal_lm": "text-generation",
+    "instruction": "text-generation",
+    "extractive_qa": "question-answering",
+    "image_classification": "image-classification",
+}
 """The Hub's names for the kinds of tasks."""
+PIPELINES = {"classification", "token_classification", "extractive_qa", "image_classification"}
+"""Kinds whose model class the Hub's pipelines know, whatever the backbone."""
 PURPOSES = ("init", "data", "dropout")
 """What the seeds of a run are for."""
 ASIDE = {"seed", "seeds", "hub", "tracker", "resume"}
@@ -52,6 +64,11 @@ def facts(backbone: backbones.Backbone) -> dict[str, Any]:
         "loading_code": backbones.loading_code(backbone.model, backbone.source, public=True),
         "structure": [line.rstrip() for line in _drawn(backbone.model).export_text().splitlines()],
     }
+
+
+def _pipeline(kind: str, model_class: str) -> str | None:
+    """Return the Hub's pipeline for a kind of task, where the backbone has the head that it wants."""
+    return TASK_TYPES[kind] if kind in PIPELINES and "Conditional" not in model_class and "LM" not in model_class else None
 
 
 def picture(model: nn.Module) -> str:
@@ -82,7 +99,7 @@ def build(config: DeltaConfig, results: dict[str, Any], folder: Path, hub: dict[
         datasets=[dataset] if dataset else None,
         language=[task["language"]] if task.get("language") else None,
         license=hub.get("license"),
-        pipeline_tag="text-classification" if task["kind"] == "classification" else None,
+        pipeline_tag=_pipeline(task["kind"], results["backbone"]["class"]),
         metrics=[metric],
         model_name=repo.split("/")[-1] if "/" in repo else "delta",
         eval_results=_evaluated(results, others, dataset),

@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
 import os
-import platform
 import shutil
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from rich.console import Console
-from rich.table import Table
 
-from deltaexp import __version__, checkpoint
+from deltaexp import checkpoint
 from deltaexp.auto import AutoDeltaModel
 from deltaexp.checksum import model_sha256
 from deltaexp.digest_cache import model_digests
 from deltaexp.errors import DamagedFileError, DeltaExpError, RunError, listing
-from deltaexp.lab import backbones, checkpoints, modelcard, public, pushing, recovery, tracking, training
+from deltaexp.lab import backbones, checkpoints, modelcard, public, pushing, recovery, telling, tracking, training
 from deltaexp.lab.checkpoints import Checkpoints
 from deltaexp.lab.config import RunConfig, completed
 from deltaexp.lab.memory import PeakMemory
+from deltaexp.lab.taskconfig import TaskConfig
 from deltaexp.lab.tasks import data as task_data
-from deltaexp.lab.tasks.kinds import KINDS
+from deltaexp.lab.tasks.kinds import Kind, Split, choose
+from deltaexp.lab.telling import Clock
 from deltaexp.registry import DeltaConfig
 from deltaexp.verification import HashCheck
 
@@ -49,31 +46,6 @@ class Outcome:
     score: float
     """The task's metric after training."""
     results: dict[str, Any]
-
-
-@dataclass
-class Clock:
-    """Measures the phases of a run in seconds, and announces them."""
-
-    console: Console
-    seconds: dict[str, float] = field(default_factory=dict)
-    """The seconds of every phase that is over; those of a run that is continued are added to those before."""
-    running: dict[str, float] = field(default_factory=lambda: {"total": time.perf_counter()})
-
-    @contextlib.contextmanager
-    def phase(self, name: str, what: str) -> Iterator[None]:
-        """Time what happens in this context, under ``name``."""
-        self.console.print(f"[bold]{what}[/bold]")
-        self.running[name] = time.perf_counter()
-        yield
-        self.seconds = self.read(name)
-        del self.running[name]
-
-    def read(self, *names: str) -> dict[str, float]:
-        """Return the seconds until now, of all that is running or only of what is named."""
-        now = time.perf_counter()
-        running = {name: self.seconds.get(name, 0.0) + now - start for name, start in self.running.items()}
-        return {**self.seconds, **{name: round(s, 3) for name, s in running.items() if name in names or not names}}
 
 
 def run(
@@ -121,13 +93,21 @@ def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, 
         # 1. Seeds before anything is initialised; data and dropout get theirs in the Trainer.
         transformers.set_seed(seeds["init"])
 
-        # 2. Backbone and tokenizer; what the checkpoint lacks (a new head) is found and belongs to the delta.
+        # 2. The data, whose labels a new head needs to know.
+        with clock.phase("data", f"task {config.task.name} from {config.task.data}"):
+            kind_class = choose(config.task, backbones.settings_of(config.backbone), config.backbone.name)
+            data = task_data.load(config.task, kind_class, progress=config.trainer.progress)
+            task = dataclasses.replace(config.task, labels=data.labels)
+        for note in data.notes:
+            console.print(f"  {note}", markup=False)
+
+        # 3. Backbone and tokenizer; what the checkpoint lacks (a new head) is found and belongs to the delta.
         with clock.phase("load backbone", f"backbone {config.backbone.name} from {config.backbone.source}"):
-            backbone = backbones.load(config.backbone, config.task)
+            backbone = backbones.load(config.backbone, task)
         if backbone.new:
             console.print(f"  new, trained and saved with the delta: {listing(backbone.new)}")
 
-        # 3. Targets, attachment, freezing.
+        # 4. Targets, attachment, freezing.
         with clock.phase("attach", f"delta {delta_config.delta_type}"):
             transformers.set_seed(seeds["init"])  # the delta starts the same whatever the head needed
             delta_model = AutoDeltaModel.from_config(delta_config, backbone_model=backbone.model)
@@ -138,25 +118,21 @@ def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, 
         share = counts["trainable"] / counts["backbone"]
         console.print(f"  trainable {counts['trainable']:,} of {counts['backbone']:,} parameters ({share:.3%})")
 
-        # 4. Data, tokenised once and cached by content.
-        with clock.phase("data", f"task {config.task.name} from {config.task.data}"):
-            data = task_data.load(config.task, progress=config.trainer.progress)
-            kind = KINDS[config.task.kind](config.task, backbone.tokenizer)
-            splits = kind.tokenised(data)
+        # 5. The data tokenised, once and cached by content.
+        with clock.phase("tokenise", f"tokenising for {backbone.kind.__name__}"):
+            kind = backbone.kind(task, backbone.tokenizer, backbone.model.config, delta_config.positions())
+            splits = kind.splits(data)
         base = model_sha256(model_digests(backbone.model, delta_model.base_tensors()))
         inputs = {"data": data.fingerprint, "digest of the backbone": base, "precision": precision}
         _check_same(notes.get("inputs", {}), inputs)
-        rows = {split: len(table) for split, table in splits.items()}
-        console.print("  rows: " + listing(f"{split} {count:,}" for split, count in rows.items()))
-        for split, count in data.truncated.items():
-            if count:
-                console.print(
-                    f"  [yellow]{count:,} of {rows[split]:,} rows of {split} are longer than task.max_source_length="
-                    f"{config.task.max_source_length} tokens and were cut[/yellow]"
-                )
+        rows = {name: len(split.rows) for name, split in splits.items()}
+        truncated = {name: split.truncated for name, split in splits.items()}
+        console.print("  rows: " + listing(f"{name} {count:,}" for name, count in rows.items()))
+        for line in telling.about_lengths(kind, rows, truncated):
+            console.print(f"  [yellow]{line}[/yellow]")
         trainer = training.build(config.trainer, delta_model, kind, splits, saved, seeds, tracker.callbacks())
 
-        # 5. The backbone as it is, 6. training, 7. the delta.
+        # 6. The backbone as it is, 7. training, 8. the delta.
         final = splits[data.evaluated]
         before = notes.get("before")
         if before is None and config.trainer.evaluate_before:
@@ -187,22 +163,24 @@ def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, 
 
         trainer.unwrap()
 
-        # 8. Save; load into a fresh backbone, as others will; compare.
+        # 9. Save; load into a fresh backbone, as others will; compare.
         stage = folder / ".delta.unverified"
         with clock.phase("save", "saving"):
             # An embedded backbone lies in a folder whose own name says nothing to others.
             name = config.backbone.source if ":" in config.backbone.source else None
-            batch = functools.partial(_batch, kind.collator(backbone.model), final)
+            batch = functools.partial(_batch, kind, backbone.model, final)
             stored = batch(config.task.probe_rows) if config.task.probe_rows else None
             manifest = delta_model.save_finetuned(stage, backbone_name=name, probe=stored)
         with clock.phase("verify", "loading the saved delta into a fresh backbone and comparing"):
-            check = _verify(config, backbone, stage, batch(PROBE_ROWS), next(backbone.model.parameters()).device)
+            check = _verify(config, task, backbone, stage, batch(PROBE_ROWS), next(backbone.model.parameters()).device)
 
-        # 9. Results and card, then the folder gets its name: what is called delta is complete and verified.
+        # 10. Results and card, then the folder gets its name: what is called delta is complete and verified.
         results = {
             "config": public.publishable(config_dict),
             "backbone": modelcard.facts(backbone),
             "task_metric": kind.metric,
+            "greater_is_better": kind.greater_is_better,
+            "labels": data.labels,
             "evaluated_on": data.evaluated,
             "metrics": metrics,
             "training_log": trainer.state.log_history,
@@ -210,7 +188,7 @@ def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, 
             "precision": precision,
             "seeds": seeds,
             "rows": rows,
-            "truncated": data.truncated,
+            "truncated": truncated,
             "data_fingerprint": data.fingerprint,
             "targets": delta_model.targets,
             "new_parameters": backbone.new,
@@ -222,7 +200,7 @@ def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, 
             "seconds": clock.read(),
             "sessions": claim.record.sessions,
             "peak_memory_bytes": peak,
-            "versions": _versions(),
+            "versions": telling.versions(),
         }
         files = {
             checkpoint.RESULTS: checkpoint.dump(results),
@@ -234,9 +212,9 @@ def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, 
         recovery.sync(folder)
         _tidy(config, folder)
 
-        # 10. Push if asked; the local delta is complete whatever the Hub says.
+        # 11. Push if asked; the local delta is complete whatever the Hub says.
         tracker.summarise(results)
-        _print_results(console, results, target, backbones.loading_code(backbone.model, backbone.source))
+        telling.print_results(console, results, target, backbones.loading_code(backbone.model, backbone.source))
         _push(config, claim, clock)
         failed = False
         return Outcome(target, after[kind.metric], results)
@@ -327,19 +305,22 @@ def _push(config: RunConfig, claim: recovery.Claim, clock: Clock) -> None:
         clock.console.print(f"pushed, read back and verified: {url}")
 
 
-def _batch(collate: Any, rows: Any, count: int) -> Any:
-    """Return the first rows as a batch."""
-    return collate([rows[index] for index in range(min(count, len(rows)))])
+def _batch(kind: Kind, model: Any, split: Split, count: int) -> Any:
+    """Return the first rows as a batch for the model."""
+    rows = split.features
+    return kind.inputs(kind.collator(model)([rows[index] for index in range(min(count, len(rows)))]))
 
 
-def _verify(config: RunConfig, backbone: backbones.Backbone, folder: Path, probe: Any, device: torch.device) -> dict[str, Any]:
+def _verify(
+    config: RunConfig, task: TaskConfig, backbone: backbones.Backbone, folder: Path, probe: Any, device: torch.device
+) -> dict[str, Any]:
     """Load the delta into a fresh backbone and compare its logits with the trained model's.
 
     Raises:
         DeltaExpError: If they differ by more than the tolerance.
     """
     state = torch.get_rng_state()
-    fresh = backbones.load(config.backbone, config.task).model.to(device)
+    fresh = backbones.load(config.backbone, task).model.to(device)
     loaded = AutoDeltaModel.from_finetuned(folder, backbone_model=fresh)
     torch.set_rng_state(state)
     inputs = {name: value.to(device) for name, value in probe.items()}
@@ -355,38 +336,3 @@ def _verify(config: RunConfig, backbone: backbones.Backbone, folder: Path, probe
         )
     assert loaded.hash_check is HashCheck.MATCH
     return {"hash": loaded.hash_check.value, "max_logit_difference": difference, "probe_rows": len(logits[0])}
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    packages = ("accelerate", "datasets", "huggingface_hub", "hydra-core", "safetensors", "scikit-learn", "tokenizers")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " CPU"
-    return {
-        "deltaexp": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        **{package: version(package) for package in packages},
-        "platform": platform.system(),
-        "device": device,
-    }
-
-
-def _print_results(console: Console, results: dict[str, Any], folder: Path, loader: str) -> None:
-    """Print a short table, and the lines that load the delta."""
-    table = Table("metric", "backbone as it is", "with the delta", title=f"on {results['evaluated_on']}")
-    before, after = results["metrics"].get("before", {}), results["metrics"]["after"]
-    for name, value in after.items():
-        table.add_row(name, f"{before[name]:.4f}" if name in before else "-", f"{value:.4f}")
-    console.print(table)
-    seconds, verification = results["seconds"], results["verification"]
-    size = (folder / checkpoint.WEIGHTS).stat().st_size
-    console.print(
-        f"{results['parameters']['delta']:,} parameters saved in {size:,} bytes; hash check {verification['hash']}, logits "
-        f"after reloading differ by {verification['max_logit_difference']:.2g}; {seconds['total']:.1f} s in all, "
-        f"{seconds['train']:.1f} s of them training"
-    )
-    console.print(f"delta: {folder}\n\n{loader}\n", markup=False)
-    console.print("from deltaexp import AutoDeltaModel", markup=False)
-    console.print(f'delta_model = AutoDeltaModel.from_finetuned("{folder}", backbone_model=backbone_model)', markup=False)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import (
     EarlyStoppingCallback,
-    Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
+    EvalPrediction,
+    Trainer,
     TrainerCallback,
     TrainerState,
+    TrainingArguments,
     set_seed,
 )
 from transformers.trainer_callback import ExportableState, PrinterCallback
@@ -26,22 +28,31 @@ from deltaexp.errors import ConfigError, DamagedFileError, listing
 from deltaexp.lab import checkpoints
 from deltaexp.lab.checkpoints import Checkpoints
 from deltaexp.lab.config import NO_FP16, TrainerConfig
-from deltaexp.lab.tasks.kinds import Kind
+from deltaexp.lab.tasks.kinds import Kind, Split
+from deltaexp.lab.tasks.kinds.base import ROW
 from deltaexp.model import DeltaModel
 
 TRAINER_STATE = "trainer_state.json"
 
 
-class DeltaTrainer(Seq2SeqTrainer):
+class DeltaTrainer(Trainer):
     """transformers' Trainer, whose checkpoints hold the delta instead of the whole model, and are complete or not there."""
 
-    def __init__(self, delta_model: DeltaModel, generates: bool, saved: Checkpoints, **options: Any) -> None:
+    def __init__(
+        self, delta_model: DeltaModel, kind: Kind, splits: Mapping[str, Split], saved: Checkpoints, **options: Any
+    ) -> None:
         self.delta_model = delta_model
-        self.generates = generates
+        self.kind, self.splits = kind, splits
+        self.answers: list[Any] = []
+        """What the last evaluation found, one answer for each row."""
         self.checkpoints = saved
         self.notes: Callable[[], dict[str, Any]] = dict
         """What the run wants to find again in a checkpoint, for JSON."""
-        super().__init__(model=delta_model.backbone_model, **options)
+        super().__init__(
+            model=delta_model.backbone_model, train_dataset=splits["train"].features if "train" in splits else None,
+            eval_dataset=splits["validation"].features if "validation" in splits else None,
+            data_collator=kind.collator(delta_model.backbone_model), compute_metrics=self._measure, **options,
+        )  # fmt: skip
 
     def train_from(self, checkpoint: Path | None) -> None:
         """Train, from a checkpoint on where there is one; where training had ended, only its outcome is taken over."""
@@ -146,13 +157,47 @@ class DeltaTrainer(Seq2SeqTrainer):
             penalty = penalty / self.current_gradient_accumulation_steps
         return (result[0] + penalty, result[1]) if return_outputs else result + penalty
 
+    def evaluate(self, eval_dataset: Any = None, *arguments: Any, **options: Any) -> dict[str, float]:
+        """Measure one split by its features, the validation split where none are given."""
+        features = self.eval_dataset if eval_dataset is None else eval_dataset
+        self._measured = next(split for split in self.splits.values() if split.features is features)
+        return super().evaluate(eval_dataset, *arguments, **options)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
+        """Order what is measured by length, so that little of a batch is padding; the longest come first."""
+        lengths = self._measured.lengths
+        if lengths is None:
+            return super()._get_eval_sampler(eval_dataset)
+        return ListedSampler(sorted(range(len(lengths)), key=lambda number: -lengths[number]))
+
+    def _measure(self, found: EvalPrediction) -> dict[str, float]:
+        """Return the metrics of an evaluation, in which the rows' numbers take the place of labels."""
+        rows, numbers = self._measured.rows, np.asarray(found.label_ids)
+        order = np.argsort(numbers, kind="stable")
+        self.answers = self.kind.answers(found.predictions[order], rows, numbers[order])
+        return self.kind.measure(self.answers, rows)
+
     def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None, **options: Any
-    ) -> Any:
-        """Generate for tasks of text to text, classify for the others."""
-        if self.generates:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **options)
-        return super(Seq2SeqTrainer, self).prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Any, Any, Any]:
+        """Have the kind of task predict a batch; in the place of labels the rows' numbers are returned."""
+        batch = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, predictions = self.kind.predict(model, batch)
+        return loss, None if prediction_loss_only else predictions, batch[ROW]
+
+
+class ListedSampler(Sampler):
+    """The places of a list, in its order."""
+
+    def __init__(self, places: list[int]) -> None:
+        self.places = places
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
 
 
 class EpochSampler(Sampler):
@@ -248,7 +293,7 @@ def build(
     config: TrainerConfig,
     delta_model: DeltaModel,
     kind: Kind,
-    splits: Any,
+    splits: Mapping[str, Split],
     saved: Checkpoints,
     seeds: dict[str, int],
     callbacks: list,
@@ -259,22 +304,22 @@ def build(
         config: How to train.
         delta_model: What to train, frozen as it should be.
         kind: How to pad and to measure.
-        splits: The tokenised data.
+        splits: The rows and features of each split; without ``train`` the trainer only evaluates.
         saved: Where checkpoints go.
         seeds: The seeds of ``data`` and ``dropout``.
         callbacks: The tracker's callbacks.
     """
-    model, mixed = delta_model.backbone_model, precision(config)
+    mixed = precision(config)
     if mixed == "fp16":
         _check_scaled(delta_model)
     assert config.learning_rate is not None, "see deltaexp.lab.config.completed"
     stopping = config.early_stopping_patience
     steps = config.max_steps
     if steps < 1:
-        per_epoch = -(-len(splits["train"]) // (config.batch_size * config.gradient_accumulation_steps))
+        per_epoch = -(-len(splits["train"].features) // (config.batch_size * config.gradient_accumulation_steps))
         steps = max(1, round(per_epoch * config.epochs))
     every = config.eval_every or (max(1, steps // 10) if stopping else None)
-    arguments = Seq2SeqTrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(saved.folder),
         max_steps=steps,
         per_device_train_batch_size=config.batch_size,
@@ -299,28 +344,22 @@ def build(
         restore_callback_states_from_checkpoint=True,
         load_best_model_at_end=stopping is not None,
         metric_for_best_model=kind.metric if stopping else None,
-        greater_is_better=True if stopping else None,
+        greater_is_better=kind.greater_is_better if stopping else None,
         train_sampling_strategy="group_by_length" if config.group_by_length else "random",
         logging_steps=config.log_every,
         report_to="none",
         disable_tqdm=not config.progress,
-        remove_unused_columns=True,
-        predict_with_generate=kind.generates,
-        generation_max_length=kind.task.max_target_length if kind.generates else None,
-        generation_num_beams=1 if kind.generates else None,
+        remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available() and not config.cpu,
         optim="adamw_torch",
     )
     extra = [EarlyStoppingCallback(early_stopping_patience=stopping)] if stopping else []
     trainer = DeltaTrainer(
         delta_model,
-        kind.generates,
+        kind,
+        splits,
         saved,
         args=arguments,
-        train_dataset=splits["train"],
-        eval_dataset=splits["validation"],
-        data_collator=kind.collator(model),
-        compute_metrics=lambda p: kind.metrics(p.predictions, p.label_ids),
         callbacks=[StepCallback(delta_model), CheckpointCallback(saved), *extra, *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
@@ -341,9 +380,9 @@ def _check_scaled(delta_model: DeltaModel) -> None:
         )
 
 
-def evaluate(trainer: DeltaTrainer, rows: Any) -> dict[str, float]:
-    """Return the loss and the metrics on rows, without the prefix and the timings that the Trainer adds."""
-    measured = trainer.evaluate(rows, metric_key_prefix="x")
+def evaluate(trainer: DeltaTrainer, split: Split) -> dict[str, float]:
+    """Return the loss and the metrics on a split, without the prefix and the timings that the Trainer adds."""
+    measured = trainer.evaluate(split.features, metric_key_prefix="x")
     timings = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
     names = {name.removeprefix("x_"): float(value) for name, value in measured.items() if name.startswith("x_")}
     return {name: value for name, value in names.items() if name not in timings}

@@ -155,7 +155,7 @@ def test_a_source_that_is_not_there(overrides: list[str], says: str) -> None:
 
 def test_text_to_text_needs_a_decoder(small_bert: Path) -> None:
     run, _ = schema.composed(["backbone=local", f"backbone.source={small_bert}", "backbone.name=small"])
-    with pytest.raises(ConfigError, match="needs an encoder-decoder"):
+    with pytest.raises(ConfigError, match="needs a decoder or an encoder-decoder"):
         backbones.load(run.backbone, run.task)
 
 

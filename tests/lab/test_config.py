@@ -27,7 +27,7 @@ def test_defaults_fill_what_is_not_given() -> None:
         ("trainer", {"max_steps": 0}, "at least 1, or -1"),
         ("backbone", {"source": ""}, "backbone.source is empty"),
         ("task", {"kind": "seq2seq", "data": "", "inputs": ["x"], "target": "y"}, "task.data is empty"),
-        ("task", {"kind": "seq2seq", "data": "d", "inputs": ["a", "b", "c"], "target": "y"}, "one or two columns"),
+        ("task", {"kind": "seq2seq", "data": "d", "inputs": ["a", "b", "c"], "target": "y"}, "names 3 columns"),
     ],
 )
 def test_mistakes(section: str, values: dict, says: str) -> None:

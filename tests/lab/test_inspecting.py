@@ -45,5 +45,5 @@ def test_what_cannot_be_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "encoder-decoder" in capsys.readouterr().err
     (folder / "config.json").write_text(json.dumps({"model_type": "no_such_model"}))
     assert main([*words, "task=sst2", "task.data=nothing"]) == 1
-    assert "could not be read" in capsys.readouterr().err
+    assert "could not be loaded" in capsys.readouterr().err
     assert torch.get_default_device().type == "cpu"

@@ -65,7 +65,7 @@ def test_a_choice_of_trainer_wins_over_what_the_task_sets() -> None:
         (["tracker.mode=offlin"], "Did you mean 'offline'"),
         (["seed=-1"], "negative"),
         (["a b=1"], "is no override"),
-        (["task.labels=[one]", "task.kind=classification"], "at least two names"),
+        (["task.labels=[one]", "task.kind=classification"], "at least two, in the order"),
     ],
 )
 def test_mistakes(overrides: list[str], says: str) -> None:

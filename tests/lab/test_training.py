@@ -10,10 +10,10 @@ from deltaexp import AutoDeltaConfig, AutoDeltaModel, registry
 from deltaexp.errors import ConfigError
 from deltaexp.lab import backbones, schema, training
 from deltaexp.lab.checkpoints import Checkpoints
-from deltaexp.lab.config import BackboneConfig, TaskConfig, TrainerConfig
+from deltaexp.lab.config import BackboneConfig, TrainerConfig
 from deltaexp.lab.recovery import Record, describe
+from deltaexp.lab.taskconfig import TaskConfig
 from deltaexp.lab.tasks import data as task_data
-from deltaexp.lab.tasks.kinds import KINDS
 from deltaexp.model import DeltaModel
 
 
@@ -25,8 +25,8 @@ def trainer_for(folder: Path, delta: dict, **trainer: object) -> tuple[training.
     backbone = backbones.load(BackboneConfig(name="small", source=str(bert(folder / "bert"))), task)
     delta_model = AutoDeltaModel.from_config(AutoDeltaConfig.from_dict(delta), backbone_model=backbone.model)
     delta_model.freeze_module(exclude=["deltas", *backbone.new])
-    kind = KINDS[task.kind](task, backbone.tokenizer)
-    splits = kind.tokenised(task_data.load(task, progress=False))
+    kind = backbone.kind(task, backbone.tokenizer, backbone.model.config)
+    splits = kind.splits(task_data.load(task, backbone.kind, progress=False))
     settings = TrainerConfig(
         **{
             "max_steps": 4,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -11,33 +13,41 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 from datasets import Dataset, DatasetDict
 
 from deltaexp.digest_cache import cache_dir
-from deltaexp.errors import TaskError, did_you_mean, listing, unknown
-from deltaexp.lab.config import TaskConfig
+from deltaexp.errors import TaskError, listing, unknown
+from deltaexp.lab.taskconfig import TaskConfig
 from deltaexp.lab.tasks import dates
+from deltaexp.lab.tasks.columns import function, view
+
+if TYPE_CHECKING:
+    from deltaexp.lab.tasks.kinds import Kind
 
 GENERATORS: Mapping[str, Callable[[str, int, int], list[dict[str, str]]]] = {"dates": dates.generate}
 """The data that deltaexp makes itself: split, number of rows and seed to rows."""
 GENERATED_ROWS = {"train": 4000, "validation": 500, "test": 500}
 SPLITS = ("train", "validation", "test")
+FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+"""The loaders of `datasets` by the ends of files' names."""
 STALE = 86_400
 """Seconds after which half-made data in the cache are nobody's."""
 
 
 @dataclass
 class TaskData:
-    """The rows of a task under common names: ``text`` (and ``text_pair``) and ``target``."""
+    """The rows of a task, under the names that its kind uses."""
 
     splits: dict[str, Dataset]
     fingerprint: str
     """sha256 over every row that the run uses."""
-    truncated: dict[str, int] = field(default_factory=dict)
-    """How many rows of each split were cut to the maximum length; filled in by tokenisation."""
+    labels: list[str] = field(default_factory=list)
+    """Names of the classes, where the kind has classes."""
+    notes: list[str] = field(default_factory=list)
+    """Sentences on what a user might not expect of the data."""
 
     @property
     def evaluated(self) -> str:
@@ -45,35 +55,100 @@ class TaskData:
         return "test" if "test" in self.splits else "validation"
 
 
-def load(task: TaskConfig, progress: bool = True) -> TaskData:
+def load(task: TaskConfig, kind: type[Kind], progress: bool = True) -> TaskData:
     """Load the splits of a task, take the rows asked for and check them.
 
     Args:
         task: What to load.
+        kind: The kind of task, which says what columns there have to be.
         progress: Whether `datasets` shows progress bars from here on.
 
     Raises:
         TaskError: If the data cannot be loaded, a column or split is missing, a split is empty or a label is unknown.
     """
     (datasets.enable_progress_bars if progress else datasets.disable_progress_bars)()
+    limits = {split: getattr(task, f"{split}_rows") for split in SPLITS}
+    loaded = _generated(task, limits) if task.data.startswith("generated:") else _loaded(task)
+    raw, notes = _splits(task, loaded)
+    splits = {}
+    for split, rows in raw.items():
+        rows = _prepared(rows, task)
+        if limits[split] is not None and len(rows) > limits[split]:
+            rows = rows.shuffle(seed=task.data_seed).select(range(limits[split]))
+        if not len(rows):
+            raise TaskError(f"The split {split!r} of task {task.name!r} is empty.")
+        splits[split] = view(rows, kind.columns(task), task)
+    splits, labels, more = kind.labelled(splits, task)
+    return TaskData(splits, _fingerprint(splits), labels, [*notes, *more])
+
+
+def load_split(task: TaskConfig, kind: type[Kind], split: str, labels: list[str], progress: bool = True) -> TaskData:
+    """Load one split alone, of any name, for an evaluation: it stands under ``test`` in the result.
+
+    Args:
+        task: What to load.
+        kind: The kind of task.
+        split: The split's name in the data, or ``train``, ``validation`` or ``test`` for those that the task names.
+        labels: The names of the classes that the model was trained on.
+        progress: Whether `datasets` shows progress bars from here on.
+
+    Raises:
+        TaskError: As in `load`.
+    """
+    named = getattr(task, f"{split}_split", split) if split in SPLITS else split
+    alone = dataclasses.replace(task, labels=labels)
+    if split in SPLITS and named is not None:
+        whole = load(dataclasses.replace(alone, test_split=task.test_split if split == "test" else None), kind, progress)
+        rows, notes = whole.splits[split], whole.notes
+    else:
+        (datasets.enable_progress_bars if progress else datasets.disable_progress_bars)()
+        loaded = _generated(task, {}) if task.data.startswith("generated:") else _loaded(task)
+        name = named or "test"
+        if name not in loaded:
+            raise TaskError(unknown(f"split of {task.data!r}", name, loaded))
+        found = view(_prepared(loaded[name], task), kind.columns(task), task)
+        labelled, _, notes = kind.labelled({"test": found}, alone)
+        rows = labelled["test"]
+    return TaskData({"test": rows}, _fingerprint({"test": rows}), labels, notes)
+
+
+def _splits(task: TaskConfig, loaded: Mapping[str, Dataset]) -> tuple[dict[str, Dataset], list[str]]:
+    """Return the splits under deltaexp's names, the validation split held out of the training split where there is none."""
     names = {"train": task.train_split, "validation": task.validation_split}
     if task.test_split is not None:
         names["test"] = task.test_split
-    limits = {split: getattr(task, f"{split}_rows") for split in SPLITS}
-    loaded = _generated(task, limits) if task.data.startswith("generated:") else _loaded(task)
-    splits = {}
+    found: dict[str, Dataset] = {}
+    notes: list[str] = []
     for split, name in names.items():
-        if name not in loaded:
+        if name in loaded:
+            found[split] = loaded[name]
+        elif split == "validation" and task.holdout:
+            rows = found["train"]
+            if len(rows) <= task.holdout:
+                raise TaskError(f"task.holdout is {task.holdout}, and the training split has {len(rows)} rows.")
+            order = rows.shuffle(seed=task.data_seed)
+            found["validation"] = order.select(range(task.holdout))
+            found["train"] = order.select(range(task.holdout, len(rows)))
+            notes.append(f"{task.holdout:,} rows of {task.train_split} are held out for validation (task.holdout)")
+        else:
             raise TaskError(
                 unknown(f"split of {task.data!r}", name, loaded)
                 + f" Set task.{split}_split to one of them"
-                + (", or to null to evaluate on the validation split." if split == "test" else ".")
+                + (", or to null to evaluate on the validation split." if split == "test" else "")
+                + (", or task.holdout=500 to hold rows of the training split out." if split == "validation" else "")
+                + ("." if split == "train" else "")
             )
-        rows = loaded[name]
-        if limits[split] is not None and len(rows) > limits[split]:
-            rows = rows.shuffle(seed=task.data_seed).select(range(limits[split]))
-        splits[split] = _renamed(rows, task, name)
-    return TaskData(splits, _fingerprint(splits))
+    return found, notes
+
+
+def _prepared(rows: Dataset, task: TaskConfig) -> Dataset:
+    """Return what the function ``task.prepare`` makes of rows."""
+    if task.prepare is None:
+        return rows
+    made = function(task.prepare, "task.prepare")(rows, task)
+    if not isinstance(made, Dataset):
+        raise TaskError(f"task.prepare={task.prepare} returned a {type(made).__name__}; it must return a datasets.Dataset.")
+    return made
 
 
 def _generated(task: TaskConfig, limits: Mapping[str, int | None]) -> dict[str, Dataset]:
@@ -82,7 +157,7 @@ def _generated(task: TaskConfig, limits: Mapping[str, int | None]) -> dict[str, 
         raise TaskError(unknown("generated data set", name, GENERATORS))
     try:
         return {
-            split: Dataset.from_list(GENERATORS[name](split, limits[split] or GENERATED_ROWS[split], task.data_seed))
+            split: Dataset.from_list(GENERATORS[name](split, limits.get(split) or GENERATED_ROWS[split], task.data_seed))
             for split in SPLITS
         }
     except ValueError as error:
@@ -96,16 +171,12 @@ def _loaded(task: TaskConfig) -> DatasetDict:
         if (path / "dataset_dict.json").exists():
             return datasets.load_from_disk(str(path))
         if path.is_dir():
-            return datasets.load_dataset(str(path))
+            return _folder(path)
         if path.exists():
-            kinds = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-            if path.suffix not in kinds:
-                raise TaskError(f"{task.data!r} is not of a known kind; known are {listing(kinds)}, or a folder of such files.")
-            extra = {"sep": "\t"} if path.suffix == ".tsv" else {}
-            return datasets.load_dataset(kinds[path.suffix], data_files={task.train_split: str(path)}, **extra)
+            return _files({task.train_split: path})
         if str(task.data).startswith((".", "/", "~")) or task.data.count("/") > 1:
             raise TaskError(f"There is no folder or file {task.data!r} to load the data of task {task.name!r} from.")
-        return datasets.load_dataset(task.data, task.subset)
+        return datasets.load_dataset(task.data, task.subset, revision=task.revision)
     except TaskError:
         raise
     except Exception as error:  # whatever a loader of a file format or the network raises
@@ -116,36 +187,35 @@ def _loaded(task: TaskConfig) -> DatasetDict:
         ) from error
 
 
-def _renamed(rows: Dataset, task: TaskConfig, split: str) -> Dataset:
-    """Return the rows with only the task's columns, under common names."""
-    columns = {**dict(zip(("text", "text_pair"), task.inputs, strict=False)), "target": task.target}
-    for column in columns.values():
-        if column not in rows.column_names:
-            raise TaskError(
-                f"The data of task {task.name!r} have no column {column!r}.{did_you_mean(column, rows.column_names)} "
-                f"Their columns: {listing(rows.column_names)}. Set task.inputs and task.target."
-            )
-    if not len(rows):
-        raise TaskError(f"The split {split!r} of task {task.name!r} is empty.")
-    if task.kind == "classification":
-        found = set(rows.unique(task.target))
-        if not found <= set(range(len(task.labels))):
-            strange = sorted(map(str, found - set(range(len(task.labels)))))
-            raise TaskError(
-                f"The split {split!r} of task {task.name!r} has labels {listing(strange)}, which are no numbers of "
-                f"task.labels ({listing(f'{i} {label}' for i, label in enumerate(task.labels))}). A label of -1 means that "
-                "the labels of that split are not public: choose another one."
-            )
-    kept = rows.select_columns(list(columns.values()))
-    return kept.rename_columns({column: name for name, column in columns.items() if column != name})
+def _folder(path: Path) -> DatasetDict:
+    """Load a folder in which each split is a file of its name; anything else is left to `datasets`."""
+    files = {file.stem: file for file in sorted(path.iterdir()) if file.suffix == ".tsv"}  # which `datasets` takes for csv
+    return _files(files) if files else datasets.load_dataset(str(path))
+
+
+def _files(files: Mapping[str, Path]) -> DatasetDict:
+    suffix = next(iter(files.values())).suffix
+    if suffix not in FORMATS:
+        raise TaskError(
+            f"{str(next(iter(files.values())))!r} is not of a known kind; known are {listing(FORMATS)}, or a folder of such "
+            "files."
+        )
+    # Quotes in tsv files are characters of the text, as in GLUE's.
+    extra: dict[str, Any] = {"sep": "\t", "quoting": csv.QUOTE_NONE} if suffix == ".tsv" else {}
+    return datasets.load_dataset(FORMATS[suffix], data_files={name: str(path) for name, path in files.items()}, **extra)
 
 
 def _fingerprint(splits: Mapping[str, Dataset]) -> str:
     sha256 = hashlib.sha256()
     for split, rows in splits.items():
         for batch in rows.iter(batch_size=1000):
-            sha256.update(json.dumps([split, batch], sort_keys=True, ensure_ascii=False).encode())
+            sha256.update(json.dumps([split, batch], sort_keys=True, ensure_ascii=False, default=_plain).encode())
     return sha256.hexdigest()
+
+
+def _plain(value: Any) -> str:
+    """Return what stands in a fingerprint for a value that JSON does not know, such as the bytes of an image."""
+    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else repr(value)
 
 
 def cached(key: Mapping[str, Any], make: Callable[[], DatasetDict]) -> DatasetDict:

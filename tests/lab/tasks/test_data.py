@@ -7,8 +7,9 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from deltaexp.errors import TaskError
-from deltaexp.lab.config import TaskConfig
+from deltaexp.lab.taskconfig import TaskConfig
 from deltaexp.lab.tasks import data
+from deltaexp.lab.tasks.kinds.heads import Classification
 
 ROWS = {"text": ["a", "b", "c", "d"], "label": [0, 1, 0, 1]}
 
@@ -38,7 +39,7 @@ def write(folder: Path, kind: str) -> Path:
 
 @pytest.mark.parametrize("kind", ["parquet", "csv", "json", "saved"])
 def test_local_folders(kind: str, tmp_path: Path) -> None:
-    loaded = data.load(task(write(tmp_path / "d", kind)), progress=False)
+    loaded = data.load(task(write(tmp_path / "d", kind)), Classification, progress=False)
     assert loaded.evaluated == "validation"
     assert list(loaded.splits["train"]["text"]) == ROWS["text"]
     assert list(loaded.splits["train"]["target"]) == ROWS["label"]
@@ -46,11 +47,11 @@ def test_local_folders(kind: str, tmp_path: Path) -> None:
 
 def test_the_fingerprint_is_that_of_the_content(tmp_path: Path) -> None:
     prints = [
-        data.load(task(write(tmp_path / name, kind)), progress=False).fingerprint
+        data.load(task(write(tmp_path / name, kind)), Classification, progress=False).fingerprint
         for name, kind in (("a", "parquet"), ("b", "csv"))
     ]
     assert prints[0] == prints[1]
-    fewer = data.load(task(tmp_path / "a", train_rows=2), progress=False)
+    fewer = data.load(task(tmp_path / "a", train_rows=2), Classification, progress=False)
     assert len(fewer.splits["train"]) == 2
     assert fewer.fingerprint != prints[0]
 
@@ -60,14 +61,14 @@ def test_the_fingerprint_is_that_of_the_content(tmp_path: Path) -> None:
     [
         ({"inputs": ["txt"]}, "no column 'txt'. Did you mean 'text'"),
         ({"target": "lable"}, "Did you mean 'label'"),
-        ({"labels": ["a"]}, "labels 1, which are no numbers"),
+        ({"labels": ["a", "b"], "target": "text"}, "labels c, d, which are no numbers or names"),
         ({"validation_split": "dev"}, "Set task.validation_split"),
         ({"test_split": "test"}, "or to null"),
     ],
 )
 def test_what_does_not_fit(changes: dict, says: str, tmp_path: Path) -> None:
     with pytest.raises(TaskError) as caught:
-        data.load(task(write(tmp_path / "d", "parquet"), **changes), progress=False)
+        data.load(task(write(tmp_path / "d", "parquet"), **changes), Classification, progress=False)
     assert says in str(caught.value)
 
 
@@ -77,20 +78,20 @@ def test_an_empty_split(monkeypatch: pytest.MonkeyPatch) -> None:
     table["validation"] = table["validation"].select([])
     monkeypatch.setattr(data, "_loaded", lambda task: table)
     with pytest.raises(TaskError, match="'validation' of task 't' is empty"):
-        data.load(task("somebody/empty"), progress=False)
+        data.load(task("somebody/empty"), Classification, progress=False)
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match="no folder or file"):
-        data.load(task(tmp_path / "nowhere"), progress=False)
+        data.load(task(tmp_path / "nowhere"), Classification, progress=False)
     with pytest.raises(TaskError, match="Did you mean 'dates'"):
-        data.load(task("generated:date"), progress=False)
+        data.load(task("generated:date"), Classification, progress=False)
     (tmp_path / "x.xyz").write_text("1")
     with pytest.raises(TaskError, match="not of a known kind"):
-        data.load(task(tmp_path / "x.xyz"), progress=False)
+        data.load(task(tmp_path / "x.xyz"), Classification, progress=False)
     (tmp_path / "bad.parquet").write_text("no parquet")
     with pytest.raises(TaskError, match="could not be loaded"):
-        data.load(task(tmp_path / "bad.parquet"), progress=False)
+        data.load(task(tmp_path / "bad.parquet"), Classification, progress=False)
 
 
 def test_an_interrupted_tokenisation_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
