@@ -58,7 +58,7 @@ def likelihood(logits: torch.Tensor, labels: torch.Tensor, shifted: bool) -> tup
 class Text(Kind):
     """Text to text, by an encoder-decoder."""
 
-    usual_metrics = ("exact_match",)
+    usual_metrics: ClassVar[tuple[str, ...]] = ("exact_match",)
     extra: ClassVar[tuple[str, ...]] = (ROW,)
     shifted: ClassVar[bool] = False
     """Whether labels are the input itself, moved by one."""
