@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from deltaexp import registry
+from deltaexp import quantised, registry
 from deltaexp.errors import DeltaExpError, listing
 from deltaexp.lazy import Layer
 from deltaexp.ownership import originals
@@ -45,6 +45,11 @@ def check(module: nn.Module, own: Sequence[Attachment]) -> None:
                 f"delta types that can be merged are {listing(mergeable_types())}."
             )
     where, weight = own[0].site, getattr(module, "weight", None)
+    if library := quantised.weight_library(module):
+        raise DeltaExpError(
+            f"The delta cannot be merged into {where!r}, the weight of which is quantised by {library}: "
+            f"rounding it again would lose most of the delta. {quantised.INSTEAD}, or use the delta without merging it."
+        )
     convolution = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     if not (linear_dims(module) or convolution) or not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
         kind = f"{type(module).__name__} with a weight of dtype {weight.dtype}" if isinstance(weight, torch.Tensor) else ""

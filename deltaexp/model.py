@@ -23,6 +23,7 @@ from deltaexp import (
     merging,
     ownership,
     planning,
+    quantised,
     registry,
     surgery,
     targets,
@@ -64,6 +65,7 @@ class DeltaModel:
             config = DeltaConfig.from_dict({"delta_type": self.config_class.delta_type, **keys})
         elif config is None or keys:
             raise ConfigError("Give either a config or, to a class such as LoraModel, the keys of its config.")
+        quantised.settle(backbone_model)
         self.backbone_model = backbone_model
         self.config = copy.deepcopy(config)
         self.hash_check: HashCheck | None = None
@@ -297,6 +299,7 @@ class DeltaModel:
         verification.check_saved(saved, everything=False)
         if check_hash:
             verification.check_class(saved, type(backbone_model).__name__)
+            verification.check_quantised(saved, backbone_model)
             verification.check_shapes(saved, backbone_tensors(backbone_model), revision)
         planning.check(saved.config, backbone_model, saved.tensors, str(saved.folder))
         was_trainable = {parameter: parameter.requires_grad for parameter in backbone_model.parameters()}
@@ -353,7 +356,7 @@ class DeltaModel:
     def counts(self) -> dict[str, int]:
         """Return the numbers of parameters: of the backbone, trainable, and in the saved delta."""
         return {
-            "backbone": sum(p.numel() for p in backbone_parameters(self.backbone_model).values()),
+            "backbone": sum(quantised.numel(p) for p in backbone_parameters(self.backbone_model).values()),
             "trainable": sum(p.numel() for p in self.trainable_parameters().values()),
             "delta": sum(p.numel() for p in self.delta_tensors().values()),
         }

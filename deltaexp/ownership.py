@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from deltaexp import addressing
+from deltaexp import addressing, quantised
 from deltaexp.errors import AddressingError, listing
 from deltaexp.registry import DeltaConfig
 from deltaexp.structure import backbone_modules, backbone_parameters
@@ -125,9 +125,14 @@ def unfrozen(config: DeltaConfig, backbone: nn.Module) -> set[str]:
 
 
 def first_names(names: set[str], backbone: nn.Module) -> set[str]:
-    """Return names of the backbone's parameters as they are saved: a tied one is known by its first name."""
+    """Return names of the backbone's parameters as they are saved: a tied one is known by its first name.
+
+    Raises:
+        AddressingError: If one is quantised: what is trained in place cannot be.
+    """
     if not names:
         return set()
     first = {id(parameter): name for name, parameter in backbone_parameters(backbone).items()}
     every = dict(backbone.named_parameters(remove_duplicate=False))
+    quantised.check_trainable(names, every)
     return {first[id(every[name])] for name in names}

@@ -11,6 +11,7 @@ from torch import nn
 
 from deltaexp import addressing
 from deltaexp.errors import AddressingError, listing
+from deltaexp.quantised import dequantised, weight_library
 from deltaexp.registry import DeltaConfig
 from deltaexp.structure import Role, Rows, backbone_modules, blocks, common_structure, linear_dims, output_dim
 
@@ -92,8 +93,9 @@ class Site:
 
 
 def linear_weight(module: nn.Module, rows: Rows | None = None) -> torch.Tensor:
-    """Return a linear map's weight as ``(out_dim, in_dim)``, whatever its own layout, a view of it where ``rows`` is None."""
-    weight: Any = module.weight
+    """Return a linear map's weight as ``(out_dim, in_dim)``, whatever its own layout: where ``rows`` is None, a view of it,
+    or of a quantised one a new tensor."""
+    weight: Any = dequantised(module) if weight_library(module) else module.weight
     return taken(weight.T if type(module).__name__ == "Conv1D" else weight, rows, dim=0)
 
 

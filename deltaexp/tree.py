@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from deltaexp.lazy import Layer
+from deltaexp.quantised import library, parts, weight_library
 
 
 def linear_dims(module: nn.Module) -> tuple[int, int] | None:
@@ -67,9 +68,13 @@ def backbone_parameters(backbone: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def backbone_tensors(backbone: nn.Module) -> dict[str, torch.Tensor]:
-    """Return what identifies a backbone: its own parameters and its persistent buffers."""
-    result: dict[str, torch.Tensor] = {**backbone_parameters(backbone)}
+    """Return what identifies a backbone: its own parameters, quantised ones in their parts, and its persistent buffers."""
+    parameters = backbone_parameters(backbone)
+    result: dict[str, torch.Tensor] = {name: p for name, p in parameters.items() if not library(p)}
+    quantised = parameters.keys() - result.keys()
     for prefix, module in backbone_modules(backbone):
+        if quantised and weight_library(module):
+            result |= {f"{prefix}.{name}" if prefix else name: part for name, part in parts(module).items()}
         for name, buffer in module.named_buffers(prefix=prefix, recurse=False):
             if name.rsplit(".", 1)[-1] not in module._non_persistent_buffers_set:
                 result[name] = buffer

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from deltaexp import quantised
 from deltaexp.addressing import covers
 from deltaexp.checkpoint import CONFIG, WEIGHTS, SavedDelta
 from deltaexp.checksum import Difference, TensorDigest, compare, digests, model_md5, model_sha256
@@ -145,7 +146,10 @@ def settings(backbone: nn.Module) -> dict[str, Any]:
     config = getattr(backbone, "config", None)
     found = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
     plain = {key: value for key, value in _flat(found) if isinstance(value, (bool, int, float, str))}
-    return {key: value for key, value in sorted(plain.items()) if COMPUTES.search(key) and not IRRELEVANT.search(key)}
+    how = quantised.settings(plain)
+    plain = {key: value for key, value in plain.items() if not key.startswith(quantised.SETTINGS)}
+    relevant = {key: value for key, value in plain.items() if COMPUTES.search(key) and not IRRELEVANT.search(key)}
+    return dict(sorted({**relevant, **how}.items()))
 
 
 def _flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
@@ -155,6 +159,26 @@ def _flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any
             yield from _flat(value, f"{name}.")
         else:
             yield name, value
+
+
+def check_quantised(saved: SavedDelta, backbone: nn.Module) -> None:
+    """Check that a backbone is quantised as the one was that a delta was trained on, or not at all where that was not.
+
+    Raises:
+        BackboneMismatchError: If it is not.
+    """
+    recorded = quantised.settings(saved.manifest.settings) if saved.manifest is not None else {}
+    if saved.manifest is None or not saved.manifest.settings or bool(recorded) == bool(quantised.names(backbone)):
+        return  # nothing was recorded, or it is what it was: how it is quantised shows in its tensors and settings
+    start = f"The delta in {str(saved.folder)!r} was trained on"
+    if not recorded:
+        raise BackboneMismatchError(
+            f"{start} a backbone that was not quantised{_named(saved)}, and this one is. Load it without quantisation. {IGNORE}"
+        )
+    how = listing([f"{key.removeprefix(quantised.SETTINGS)}={value}" for key, value in recorded.items()], 6)
+    raise BackboneMismatchError(
+        f"{start} a quantised backbone{_named(saved)}, and this one is not quantised. Load it as it was then: {how}. {IGNORE}"
+    )
 
 
 def check_settings(saved: SavedDelta, found: Mapping[str, Any]) -> None:

@@ -92,7 +92,8 @@ class LoraConfig(DeltaConfig):
                 f"{full}, and lora_r there is {rank}. Lower lora_r, or take lora_init=kaiming."
             )
         kind = DoraLayer if self.lora_dora else LoraLayer
-        return kind(target, rank, scale, self.lora_dropout, self.lora_init, site.weight())
+        weight = site.weight() if self.lora_dora or self.lora_init in FROM_THE_WEIGHT else None
+        return kind(target, rank, scale, self.lora_dropout, self.lora_init, weight)
 
     def learning_rate_factor(self, parameter: str) -> float:
         """Return what the learning rate is multiplied by: `lora_plus_ratio` for B."""
@@ -194,8 +195,11 @@ class DoraLayer(LoraLayer):
 
     insertion = "weighted"
 
-    def __init__(self, target: LinearMap, rank: int, scale: float, dropout: float, init: str, weight: torch.Tensor) -> None:
+    def __init__(
+        self, target: LinearMap, rank: int, scale: float, dropout: float, init: str, weight: torch.Tensor | None
+    ) -> None:
         super().__init__(target, rank, scale, dropout, init, weight)
+        assert weight is not None  # `LoraConfig.build` gives it to every layer that needs it
         self.magnitude = nn.Parameter(_norms(_wide(weight)))
 
     def forward(  # type: ignore[override]  # the arguments follow from `insertion`
