@@ -68,6 +68,7 @@ class Kind:
 
     def __init__(self, task: TaskConfig, processor: Any, settings: Any, reserved: int = 0) -> None:
         self.task, self.processor, self.settings = task, processor, settings
+        metrics.check(self.metrics)
         limit = position_limit(settings, processor)
         self.source_length = min(task.max_source_length, limit - reserved) if limit else task.max_source_length
         """Longest input in tokens, by the task or by the backbone, whichever is shorter."""
