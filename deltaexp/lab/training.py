@@ -163,6 +163,19 @@ class DeltaTrainer(Trainer):
         self._measured = next(split for split in self.splits.values() if split.features is features)
         return super().evaluate(eval_dataset, *arguments, **options)
 
+    def answer(self, split: Split) -> tuple[list[Any], list[dict[str, float]] | None]:
+        """Return the answers to rows that need no targets, and the probabilities of each where the kind knows them."""
+        self._measured = split
+        self.compute_metrics = None
+        try:
+            found = self.predict(split.features)
+        finally:
+            self.compute_metrics = self._measure
+        numbers = np.asarray(found.label_ids)
+        order = np.argsort(numbers, kind="stable")
+        predictions, numbers = np.asarray(found.predictions)[order], numbers[order]
+        return self.kind.answers(predictions, split.rows, numbers), self.kind.scores(predictions, numbers)
+
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
         """Order what is measured by length, so that little of a batch is padding; the longest come first."""
         lengths = self._measured.lengths

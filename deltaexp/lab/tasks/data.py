@@ -10,7 +10,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,34 +82,78 @@ def load(task: TaskConfig, kind: type[Kind], progress: bool = True) -> TaskData:
     return TaskData(splits, _fingerprint(splits), labels, [*notes, *more])
 
 
-def load_split(task: TaskConfig, kind: type[Kind], split: str, labels: list[str], progress: bool = True) -> TaskData:
+def load_split(
+    task: TaskConfig, kind: type[Kind], split: str | None = None, labels: Sequence[str] = (), progress: bool = True
+) -> TaskData:
     """Load one split alone, of any name, for an evaluation: it stands under ``test`` in the result.
 
     Args:
         task: What to load.
         kind: The kind of task.
-        split: The split's name in the data, or ``train``, ``validation`` or ``test`` for those that the task names.
-        labels: The names of the classes that the model was trained on.
+        split: The split's name in the data, or ``train``, ``validation`` or ``test`` for those that the task names, in the rows
+            that a run takes of them. None is the task's split of the final evaluation, or the only one that there is.
+        labels: The names of the classes that the model was trained on; where there are none, they are read from the data.
         progress: Whether `datasets` shows progress bars from here on.
 
     Raises:
-        TaskError: As in `load`.
+        TaskError: As in `load`; also if the data have other classes than the model was trained on.
     """
-    named = getattr(task, f"{split}_split", split) if split in SPLITS else split
-    alone = dataclasses.replace(task, labels=labels)
-    if split in SPLITS and named is not None:
-        whole = load(dataclasses.replace(alone, test_split=task.test_split if split == "test" else None), kind, progress)
-        rows, notes = whole.splits[split], whole.notes
+    (datasets.enable_progress_bars if progress else datasets.disable_progress_bars)()
+    limits = {name: getattr(task, f"{name}_rows") for name in SPLITS}
+    loaded = _generated(task, limits) if task.data.startswith("generated:") else _loaded(task)
+    usual = "test" if task.test_split is not None else "validation"
+    name = split or usual
+    found = (getattr(task, f"{name}_split") or name) if name in SPLITS else name
+    notes: list[str] = []
+    if split is None and len(loaded) == 1 and found not in loaded:
+        found = next(iter(loaded))
+        notes.append(f"the data have the one split {found!r}")
+    if name in ("train", "validation") and task.holdout and task.validation_split not in loaded:
+        parts, notes = _splits(dataclasses.replace(task, test_split=None), loaded)
+        rows = parts[name]
+    elif found in loaded:
+        rows = loaded[found]
     else:
-        (datasets.enable_progress_bars if progress else datasets.disable_progress_bars)()
-        loaded = _generated(task, {}) if task.data.startswith("generated:") else _loaded(task)
-        name = named or "test"
-        if name not in loaded:
-            raise TaskError(unknown(f"split of {task.data!r}", name, loaded))
-        found = view(_prepared(loaded[name], task), kind.columns(task), task)
-        labelled, _, notes = kind.labelled({"test": found}, alone)
-        rows = labelled["test"]
-    return TaskData({"test": rows}, _fingerprint({"test": rows}), labels, notes)
+        raise TaskError(unknown(f"split of {task.data!r}", found, loaded) + " Choose one with split=NAME.")
+    rows = _prepared(rows, task)
+    limit = limits.get(name)
+    if limit is not None and len(rows) > limit:
+        rows = rows.shuffle(seed=task.data_seed).select(range(limit))
+    if not len(rows):
+        raise TaskError(f"The split {found!r} of task {task.name!r} is empty.")
+    rows = view(rows, kind.columns(task), task)
+    if labels:
+        rows = _with_labels(rows, task, labels)
+    numbered, names, more = kind.labelled({"test": rows}, dataclasses.replace(task, labels=list(labels) or task.labels))
+    return TaskData(numbered, _fingerprint(numbered), names, [*notes, *more])
+
+
+def _with_labels(rows: Dataset, task: TaskConfig, labels: Sequence[str]) -> Dataset:
+    """Return rows whose labels, where they are numbers, count the classes that a model was trained on.
+
+    Raises:
+        TaskError: If the task or the data name other classes, or the same in another order.
+    """
+    feature = rows.features["target"]
+    feature = getattr(feature, "feature", feature)
+    own = list(task.labels) or list(getattr(feature, "names", []))
+    if own and own != list(labels):
+        raise TaskError(
+            f"The data of task {task.name!r} have the labels {listing(own)}, and the delta was trained on {listing(labels)}. "
+            "Evaluate it on data with the same labels, in the same order."
+        )
+    if own or not all(label.removeprefix("-").isdigit() for label in labels):
+        return rows
+
+    def named(value: Any) -> Any:
+        return [named(one) for one in value] if isinstance(value, list) else value if value is None else str(value)
+
+    # In training numbers without names, such as 1, 2 and 5, were names themselves.
+    plain = rows.rename_column("target", "label")
+    return plain.map(
+        lambda row: {"target": named(row["label"])}, remove_columns="label", keep_in_memory=True, load_from_cache_file=False,
+        desc="labels",
+    )  # fmt: skip
 
 
 def _splits(task: TaskConfig, loaded: Mapping[str, Dataset]) -> tuple[dict[str, Dataset], list[str]]:

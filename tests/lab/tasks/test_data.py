@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict
 
 from deltaexp.errors import TaskError
 from deltaexp.lab.taskconfig import TaskConfig
@@ -105,3 +105,46 @@ def test_an_interrupted_tokenisation_leaves_nothing(tmp_path: Path, monkeypatch:
     assert not list((tmp_path / "tokenised").iterdir())
     made = data.cached({"a": 1}, splits)
     assert json.dumps(made["train"].to_dict()) == json.dumps(ROWS)
+
+
+def test_one_split_alone_is_the_one_that_a_run_has(tmp_path: Path) -> None:
+    asked = task(write(tmp_path / "d", "parquet"), holdout=1, validation_split="dev", train_rows=2)
+    whole = data.load(asked, Classification, progress=False)
+    for split in ("train", "validation"):
+        alone = data.load_split(asked, Classification, split, whole.labels, progress=False)
+        assert alone.splits["test"].to_list() == whole.splits[split].to_list()
+    assert len(data.load_split(asked, Classification, "validation", progress=False).splits["test"]) == 1
+    # A name of the data's own is another thing than a name of the task's.
+    plain = task(asked.data, train_split="validation", validation_split="train", train_rows=3)
+    assert len(data.load_split(plain, Classification, "train", ["no", "yes"], False).splits["test"]) == 3
+    with pytest.raises(TaskError, match=r"no split of .* 'dev2'.*train.*split=NAME"):
+        data.load_split(asked, Classification, "dev2", progress=False)
+
+
+def test_a_file_alone_is_the_split(tmp_path: Path) -> None:
+    path = tmp_path / "more.jsonl"
+    path.write_text("\n".join(json.dumps({"text": t, "label": n}) for t, n in (("a", "yes"), ("b", "no"))))
+    loaded = data.load_split(task(path), Classification, labels=["no", "yes"], progress=False)
+    assert loaded.splits["test"]["target"][:] == [1, 0]
+    assert "the one split" in loaded.notes[0]
+
+
+def test_labels_of_an_evaluation_are_those_of_the_training(tmp_path: Path) -> None:
+    def fives(*labels: int) -> TaskConfig:
+        path = tmp_path / f"{len(labels)}.jsonl"
+        path.write_text("\n".join(json.dumps({"text": "a", "label": label}) for label in labels))
+        return task(path, labels=[])
+
+    # In training the numbers 1, 2 and 5 are the names of three classes; the first two of them alone stay what they are.
+    assert data.load_split(fives(1, 2), Classification, labels=["1", "2", "5"], progress=False).splits["test"]["target"][:] == [
+        0,
+        1,
+    ]
+    with pytest.raises(TaskError, match="labels 3, which are no numbers or names"):
+        data.load_split(fives(1, 2, 3), Classification, labels=["1", "2", "5"], progress=False)
+    with pytest.raises(TaskError, match="have the labels no, yes, and the delta was trained on yes, no"):
+        data.load_split(task(write(tmp_path / "d", "parquet")), Classification, labels=["yes", "no"], progress=False)
+    described = DatasetDict(test=Dataset.from_dict(ROWS).cast_column("label", ClassLabel(names=["yes", "no"])))
+    described.save_to_disk(str(tmp_path / "named"))
+    with pytest.raises(TaskError, match="in the same order"):
+        data.load_split(task(tmp_path / "named", labels=[]), Classification, "test", ["no", "yes"], progress=False)

@@ -90,6 +90,11 @@ class Kind:
         return {**found, "target": task.target, **extras(task)}
 
     @classmethod
+    def asked(cls, task: TaskConfig) -> dict[str, Spec]:
+        """Return the columns that an answer needs: those of `columns` without the target and what only metrics read."""
+        return {name: spec for name, spec in cls.columns(task).items() if name not in ("target", "references", "group")}
+
+    @classmethod
     def labelled(cls, splits: dict[str, Dataset], task: TaskConfig) -> tuple[dict[str, Dataset], list[str], list[str]]:
         """Check the targets; return the splits with classes as numbers, the classes' names, and sentences on what is odd."""
         return splits, list(task.labels), []
@@ -113,7 +118,7 @@ class Kind:
         """Turn a batch of rows into what the model is given, and ``truncated``: whether a row was cut.
 
         Args:
-            batch: Lists by column.
+            batch: Lists by column. Without the column ``target`` the rows are only to be answered, and get no labels.
             training: Whether the rows are trained on; rows to measure may need more.
         """
         raise NotImplementedError
@@ -124,7 +129,7 @@ class Kind:
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return the part of a batch that the model's forward pass takes."""
-        return {name: value for name, value in batch.items() if name not in self.extra}
+        return {name: value for name, value in batch.items() if name not in self.extra and value is not None}
 
     def predict(self, model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Return the mean loss on a batch (None without targets), and what `answers` reads answers from, batch first."""
@@ -148,6 +153,15 @@ class Kind:
     def shown(self, answer: Any) -> Any:
         """Return an answer as it is written for people, such as a label's name."""
         return answer
+
+    def scores(self, predictions: np.ndarray, numbers: np.ndarray) -> list[dict[str, float]] | None:
+        """Return for every row the probability of each answer by name; None where the kind knows of none.
+
+        Args:
+            predictions: As in `answers`.
+            numbers: As in `answers`.
+        """
+        return None
 
     def measure(self, answers: Sequence[Any], rows: Dataset) -> dict[str, float]:
         """Return the metrics of answers to rows."""
@@ -173,6 +187,13 @@ class Kind:
             drop = ["truncated", *([ROW] if split == "train" else [])]
             found[split] = Split(rows, table.remove_columns([name for name in drop if name in table.column_names]), cut)
         return found
+
+    def unlabelled(self, rows: Dataset) -> Split:
+        """Return rows with the columns of `asked`, and their features, which are not kept anywhere."""
+        made = self.features(rows[:], training=False)
+        cut = int(np.sum(made.pop("truncated", 0)))
+        made.setdefault(ROW, list(range(len(rows))))
+        return Split(rows, Dataset.from_dict(made), cut)
 
     def cache_key(self) -> Any:
         """Return all of the task that features depend on."""

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import transformers
 from datasets import Dataset
+from scipy.special import softmax
 from torch import nn
 from transformers import DataCollatorWithPadding
 
@@ -31,7 +32,8 @@ class Headed(Kind):
         encoded = self.processor(*pairs, truncation=True, max_length=self.source_length)
         whole = self.processor(*pairs, verbose=False)["input_ids"]
         cut = [len(ids) > self.source_length for ids in whole]
-        return {**encoded, "labels": batch["target"], "truncated": cut}
+        labels = {"labels": batch["target"]} if "target" in batch else {}
+        return {**encoded, **labels, "truncated": cut}
 
     def collator(self, model: nn.Module) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """Pad a batch to its longest text."""
@@ -62,6 +64,11 @@ class Classification(Headed):
         """Return the label's name."""
         return self.task.labels[answer]
 
+    def scores(self, predictions: np.ndarray, numbers: np.ndarray) -> list[dict[str, float]] | None:
+        """Return the probability of each label, by the softmax of the logits."""
+        probabilities = softmax(predictions.astype(np.float64), axis=-1)
+        return [dict(zip(self.task.labels, map(float, row), strict=True)) for row in probabilities]
+
 
 class Regression(Headed):
     """A number for a text or a pair of texts, by a head with one output and the squared error."""
@@ -90,7 +97,7 @@ class Regression(Headed):
     def features(self, batch: dict[str, list], training: bool) -> dict[str, list]:
         """Turn texts into token ids, and targets into numbers with a point."""
         result = super().features(batch, training)
-        return {**result, "labels": [float(value) for value in batch["target"]]}
+        return {**result, "labels": [float(value) for value in batch["target"]]} if "target" in batch else result
 
     def answers(self, predictions: np.ndarray, rows: Dataset, numbers: np.ndarray) -> list[Any]:
         """Return the number for every row."""

@@ -74,21 +74,23 @@ class Text(Kind):
         plain = task.inputs[0] if len(task.inputs) == 1 and task.prompt is None else prompt(task)
         return {"text": plain, "target": task.target, **extras(task)}
 
-    def encode(self, texts: Sequence[str], targets: Sequence[str]) -> dict[str, list]:
-        """Return the features of sources with their targets."""
+    def encode(self, texts: Sequence[str], targets: Sequence[str] | None) -> dict[str, list]:
+        """Return the features of sources with their targets, where there are any."""
         encoded = self.processor(list(texts), truncation=True, max_length=self.source_length)
         whole = self.processor(list(texts), verbose=False)["input_ids"]
-        labels = self.processor(text_target=list(targets), truncation=True, max_length=self.task.max_target_length)["input_ids"]
-        return {
+        result = {
             "input_ids": encoded["input_ids"],
             "attention_mask": encoded["attention_mask"],
-            "labels": labels,
             "truncated": [len(ids) > self.source_length for ids in whole],
         }
+        if targets is not None:
+            ends = self.processor(text_target=list(targets), truncation=True, max_length=self.task.max_target_length)
+            result["labels"] = ends["input_ids"]
+        return result
 
     def features(self, batch: dict[str, list], training: bool) -> dict[str, list]:
         """Turn sources and targets into token ids."""
-        return self.encode(batch["text"], [str(target) for target in batch["target"]])
+        return self.encode(batch["text"], [str(target) for target in batch["target"]] if "target" in batch else None)
 
     def collator(self, model: nn.Module) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """Pad a batch to its longest source and target; padding of a target does not count in the loss."""
@@ -154,9 +156,11 @@ class DecoderText(Text):
         ids = self.processor(text, add_special_tokens=False)["input_ids"]
         return [*ids[: self.task.max_target_length - 1], self.processor.eos_token_id]
 
-    def encode(self, texts: Sequence[str], targets: Sequence[str]) -> dict[str, list]:
-        """Return the features of sources with their targets."""
+    def encode(self, texts: Sequence[str], targets: Sequence[str] | None) -> dict[str, list]:
+        """Return the features of sources with their targets, where there are any."""
         sources, cut = self.source(texts)
+        if targets is None:
+            return {"input_ids": sources, "truncated": cut}
         ends = [self.end(target) for target in targets]
         return {
             "input_ids": [source + end for source, end in zip(sources, ends, strict=True)],

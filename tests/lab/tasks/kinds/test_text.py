@@ -126,3 +126,24 @@ def test_the_prompt_names_task_and_columns() -> None:
     assert Labels.columns(asked)["text"] == "t premise: {premise} hypothesis: {hypothesis}"
     assert Labels.columns(task(kind="classification", prompt="{premise}?"))["text"] == "{premise}?"
     assert Text.columns(task())["text"] == "text"
+
+
+@pytest.mark.parametrize("form", [Text, DecoderText, Labels, DecoderLabels])
+def test_rows_without_targets_get_the_same_answers(form: type[Kind]) -> None:
+    torch.manual_seed(0)
+    decoder = issubclass(form, DecoderText)
+    settings = GPT2 if decoder else T5
+    model = (GPT2LMHeadModel(GPT2) if decoder else T5ForConditionalGeneration(T5)).eval()
+    labels = issubclass(form, Labels)
+    asked = task(kind="classification", labels=["a", "b"], max_source_length=20) if labels else task(max_source_length=20)
+    assert "target" not in form.asked(asked)
+    kind = form(asked, TOKENIZER, settings)
+    rows = {"text": ["abc", "what a source"]}
+    split = kind.unlabelled(Dataset.from_dict(rows))
+    made = kind.collator(model)(list(split.features))
+    assert made["row"].tolist() == [0, 1]
+    with torch.no_grad():
+        loss, found = kind.predict(model, made)
+        expected = kind.predict(model, batch(kind, {**rows, "target": [0, 1] if labels else ["x", "y"]}, False, model))[1]
+    assert loss is None
+    assert torch.equal(found, expected)
