@@ -136,6 +136,10 @@ class DeltaConfig:
         """Return what the learning rate is multiplied by for the delta's parameter of that name."""
         return 1.0
 
+    def decays(self, parameter: str, dim: int) -> bool:
+        """Say whether weight decay acts on the delta's parameter of that name, which has ``dim`` dimensions: on matrices."""
+        return dim > 1
+
     def penalty(self, layers: Sequence[Layer]) -> torch.Tensor | None:
         """Return what is added to the loss while training; None where the type has no such term."""
         return None

@@ -79,6 +79,10 @@ class AdaloraConfig(DeltaConfig):
         target = LinearMap.at(site, self.delta_type)
         return AdaloraLayer(target, self.adalora_init_r, self.adalora_alpha, self.adalora_dropout)
 
+    def decays(self, parameter: str, dim: int) -> bool:
+        """Leave the singular values alone, which are a column."""
+        return dim > 1 and not parameter.endswith("lora_E")
+
     def penalty(self, layers: Sequence[Any]) -> torch.Tensor | None:
         """Return the weighted mean of ``|P^T P - I|`` and ``|Q Q^T - I|``, Frobenius norms, over the layers."""
         if not self.adalora_orth_reg_weight or not layers:

@@ -22,6 +22,8 @@ ELSEWHERE = {
     "inference_mode": "Leave it out: freeze_module() says what is trained.",
 }
 """Keys of PEFT's configs that mean something outside of its layers, and what to do instead."""
+SCALES = ("ia3_l", "lambda", "gamma", "magnitude", "lora_E", "boft_s", "road_")
+"""What PEFT calls parameters that multiply, in any shape."""
 METHODS_ELSEWHERE = {
     "ADALORA": "its ranks are chosen by PEFT's own training loop. Use delta_type=adalora.",
     "ADAPTION_PROMPT": "it replaces whole attention modules. Use delta_type=prefix.",
@@ -86,6 +88,10 @@ class PeftConfig(DeltaConfig):
         """Return that of the delta type of the same name, such as ``ia3``; where there is none, LoRA's."""
         name = str(self.peft["peft_type"]).lower()
         return registry.get(name).learning_rate if name in registry.known() else self.learning_rate
+
+    def decays(self, parameter: str, dim: int) -> bool:
+        """Leave factors and singular values alone, which several of PEFT's methods hold as rows or columns."""
+        return dim > 1 and not any(word in parameter for word in SCALES)
 
     def expand(self, name: str, module: nn.Module) -> list[str]:
         """Return the names of the modules that PEFT chooses in the backbone, or of the one chosen."""

@@ -15,17 +15,12 @@ from deltaexp.card import LANGUAGE, LICENSES
 from deltaexp.errors import ConfigError, did_you_mean, unknown
 from deltaexp.hubclient import check_push, is_repo_id
 from deltaexp.lab import public, taskconfig
+from deltaexp.lab.hyperparameters import check_trainer
 from deltaexp.lab.taskconfig import TaskConfig
 from deltaexp.redaction import is_secret
 from deltaexp.registry import DeltaConfig, checked
 
 DTYPES = ("float32", "bfloat16", "float16")
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
-NO_FP16 = (
-    "trainer.precision=fp16 needs a GPU: its small numbers vanish without scaling of the loss, which there is not for the CPU. "
-    "Take trainer.precision=bf16 or fp32 there."
-)
 TRACKERS = ("none", "wandb")
 WANDB_MODES = ("online", "offline", "disabled")
 
@@ -73,14 +68,38 @@ class TrainerConfig:
     gradient_accumulation_steps: int = 1
     learning_rate: Optional[float] = None
     """The largest learning rate of the schedule; null takes the one that is recommended for the delta type."""
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    """Learning rates of their own for some of the trained parameters, by pattern: ``{classifier: 1e-4}``; ``deltas`` stands for
+    the delta's layers. What the delta type multiplies rates by (LoRA+) counts here, too."""
+    optimizer: str = "adamw"
+    """``adamw``, ``adamw_fused``, ``adafactor`` (whose steps are not scaled by the parameters), ``sgd``, or with bitsandbytes
+    ``adamw_8bit`` and ``paged_adamw_8bit``."""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    momentum: float = 0.9
+    """SGD's momentum."""
     precision: str = "auto"
     """What is computed in while training and evaluating: ``fp32``; ``bf16`` or ``fp16``, mixed with float32 by autocast;
     ``auto``: bf16 on a GPU that has it, fp16 on one that has not, fp32 on the CPU. What the weights are held in is
     `backbone.dtype`."""
     lr_scheduler: str = "linear"
+    """How the learning rate falls, by its name in transformers."""
+    scheduler_options: dict[str, Any] = field(default_factory=dict)
+    """The schedule's own numbers, such as ``{min_lr_rate: 0.1}`` for ``cosine_with_min_lr``. ``warmup_stable_decay`` falls over
+    ``num_decay_steps``, by default a fifth of all steps (Hägele et al., 2024, https://arxiv.org/abs/2405.18392)."""
     warmup_ratio: float = 0.06
-    """Part of the steps over which the learning rate rises from zero."""
+    """Part of the steps over which the learning rate rises from zero; there is no such part with ``constant``."""
+    warmup_steps: Optional[int] = None
+    """Number of these steps; null goes by `warmup_ratio`."""
     weight_decay: float = 0.0
+    """Weight decay on matrices; biases, normalisations and vectors that scale, such as IA3's, have none."""
+    label_smoothing: float = 0.0
+    """Part of the target probability that is spread over all classes, or all tokens of the vocabulary, while training."""
+    gradient_checkpointing: bool = False
+    """Compute the activations of each block again in the backward pass instead of keeping them: less memory, more time."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
     max_grad_norm: float = 1.0
     """Norm to which the gradient is clipped."""
     evaluate_before: bool = True
@@ -89,6 +108,12 @@ class TrainerConfig:
     """Evaluate on the validation split every so many steps while training; null: only if early stopping is on."""
     early_stopping_patience: Optional[int] = None
     """Stop after so many evaluations without improvement, and take the best checkpoint; null trains to the end."""
+    metric: Optional[str] = None
+    """The metric by which early stopping and `restore_best` compare, or ``loss``; null takes the task's first."""
+    early_stopping_min_delta: float = 0.0
+    """By how much the metric must be better to count as an improvement."""
+    restore_best: bool = False
+    """Take the best of the checkpoints that were evaluated in the end, as early stopping does, and train all steps."""
     group_by_length: bool = False
     """Put rows of similar length into a batch, which saves computing on padding where lengths vary."""
     log_every: int = 25
@@ -185,10 +210,15 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
 
 
 def completed(run: RunConfig, delta_config: DeltaConfig) -> RunConfig:
-    """Return a run's config with what depends on the delta type filled in: the recommended learning rate where none is set."""
+    """Return a run's config with what depends on the delta type filled in: the recommended learning rate where none is set.
+
+    Raises:
+        ConfigError: If another value contradicts it.
+    """
     if run.trainer.learning_rate is not None:
         return run
     trainer = dataclasses.replace(run.trainer, learning_rate=delta_config.recommended_learning_rate())
+    check_trainer(trainer)
     return dataclasses.replace(run, trainer=trainer)
 
 
@@ -200,8 +230,6 @@ def check(run: RunConfig) -> None:
     """
     for section, key, allowed in (
         ("backbone", "dtype", DTYPES),
-        ("trainer", "lr_scheduler", SCHEDULES),
-        ("trainer", "precision", PRECISIONS),
         ("tracker", "name", TRACKERS),
     ):
         value = getattr(getattr(run, section), key)
@@ -219,19 +247,7 @@ def check(run: RunConfig) -> None:
             if value is not None and value < 1:
                 raise ConfigError(f"{section}.{key} is {value}; it must be at least 1.")
     taskconfig.check(run.task)
-    trainer = run.trainer
-    if trainer.max_steps < 1 and trainer.max_steps != -1:
-        raise ConfigError(f"trainer.max_steps is {trainer.max_steps}; it must be at least 1, or -1 to go by trainer.epochs.")
-    for key in ("epochs", "learning_rate", "max_grad_norm"):
-        if (value := getattr(trainer, key)) is not None and value <= 0:
-            raise ConfigError(f"trainer.{key} is {getattr(trainer, key)}; it must be greater than 0.")
-    if trainer.precision == "fp16" and trainer.cpu:
-        raise ConfigError(NO_FP16)
-    for key in ("weight_decay", "save_every"):
-        if (getattr(trainer, key) or 0) < 0:
-            raise ConfigError(f"trainer.{key} is {getattr(trainer, key)}; it must be at least 0.")
-    if not 0 <= trainer.warmup_ratio < 1:
-        raise ConfigError(f"trainer.warmup_ratio is {trainer.warmup_ratio}; it must be at least 0 and less than 1.")
+    check_trainer(run.trainer)
     if run.tracker.mode not in (None, *WANDB_MODES):
         raise ConfigError(unknown("tracker.mode", run.tracker.mode, WANDB_MODES))
     check_hub(run)

@@ -20,7 +20,7 @@ from deltaexp.auto import AutoDeltaModel
 from deltaexp.checksum import model_sha256
 from deltaexp.digest_cache import model_digests
 from deltaexp.errors import DamagedFileError, DeltaExpError, RunError, listing
-from deltaexp.lab import backbones, checkpoints, modelcard, public, pushing, recovery, telling, tracking, training
+from deltaexp.lab import arguments, backbones, checkpoints, modelcard, public, pushing, recovery, telling, tracking, training
 from deltaexp.lab.checkpoints import Checkpoints
 from deltaexp.lab.config import RunConfig, completed
 from deltaexp.lab.memory import PeakMemory
@@ -80,7 +80,7 @@ def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, 
     """Do the whole of a run, or what is left of it."""
     folder, seeds, config_dict = claim.folder, config.resolved_seeds(), claim.record.config
     target = folder / recovery.DELTA
-    precision = training.precision(config.trainer)
+    precision = arguments.precision(config.trainer)
     saved = Checkpoints(folder / recovery.CHECKPOINTS, config.trainer.save_every)
     checkpoint_folder, notes = _where_it_was(claim, saved, console)
     clock = Clock(console, dict(notes.get("seconds", {})))

@@ -201,13 +201,17 @@ def _check_path(key: str, delta_types: Sequence[str]) -> None:
         raise ConfigError(f"There is no key {section!r}.{hint} See all keys with: deltaexp --help delta_type={delta_types[0]}")
     if section in free_sections():
         return  # its keys are another library's, or patterns
+    if rest.split(".")[0] in _mappings(section):
+        return
     if rest and rest not in (_section(section) if section in lab_config.PARTS else {}):
-        raise ConfigError(unknown(f"key of {section}", rest, _section(section) if section in lab_config.PARTS else []))
+        raise ConfigError(
+            unknown(f"key of {section}", rest.split(".")[0], _section(section) if section in lab_config.PARTS else [])
+        )
 
 
 def free_sections() -> set[str]:
-    """Return the keys of delta types that are mappings, below which the user may write keys of any name."""
-    found = set()
+    """Return the keys that are mappings, below which the user may write keys of any name."""
+    found = {f"{section}.{key}" for section in lab_config.PARTS for key in _mappings(section)}
     for name in registry.known():
         hints = typing.get_type_hints(registry.get(name))
         found |= {key for key in _fields(registry.get(name)) if typing.get_origin(hints[key]) is dict}
@@ -232,6 +236,12 @@ def _elsewhere(name: str) -> str:
         if name in _section(section):
             return f" Did you mean '{section}.{name}'?"
     return ""
+
+
+def _mappings(section: str) -> set[str]:
+    """Return the keys of a section that are mappings."""
+    hints = typing.get_type_hints(type(lab_config.PARTS[section]())) if section in lab_config.PARTS else {}
+    return {key for key, hint in hints.items() if typing.get_origin(hint) is dict}
 
 
 def _section(name: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,23 +16,24 @@ from transformers import (
     EarlyStoppingCallback,
     EvalPrediction,
     Trainer,
-    TrainerCallback,
     TrainerState,
-    TrainingArguments,
     set_seed,
 )
 from transformers.trainer_callback import ExportableState, PrinterCallback
 
 from deltaexp.checkpoint import WEIGHTS
-from deltaexp.errors import ConfigError, DamagedFileError, listing
-from deltaexp.lab import checkpoints
+from deltaexp.errors import ConfigError, DamagedFileError, RunError, listing, unknown
+from deltaexp.lab import arguments, checkpoints, optimizers, smoothing
+from deltaexp.lab.callbacks import CheckpointCallback, LossCallback, StepCallback
 from deltaexp.lab.checkpoints import Checkpoints
-from deltaexp.lab.config import NO_FP16, TrainerConfig
+from deltaexp.lab.config import TrainerConfig
 from deltaexp.lab.tasks.kinds import Kind, Split
 from deltaexp.lab.tasks.kinds.base import ROW
 from deltaexp.model import DeltaModel
 
 TRAINER_STATE = "trainer_state.json"
+TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+"""What the Trainer adds to the metrics of an evaluation."""
 
 
 class DeltaTrainer(Trainer):
@@ -46,6 +47,12 @@ class DeltaTrainer(Trainer):
         self.answers: list[Any] = []
         """What the last evaluation found, one answer for each row."""
         self.checkpoints = saved
+        self.optimizer: Any = None
+        self.label_smoother: Any = None
+        self.checkpointing = False
+        """Whether activations are computed again in the backward pass."""
+        self.learning_rates: dict[str, float] = {}
+        """Learning rates of their own, by pattern."""
         self.notes: Callable[[], dict[str, Any]] = dict
         """What the run wants to find again in a checkpoint, for JSON."""
         super().__init__(
@@ -60,19 +67,57 @@ class DeltaTrainer(Trainer):
             set_seed(self.args.seed)  # training is the same whatever was evaluated before
         if checkpoint is None or not checkpoints.read_values(checkpoint)["ended"]:
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            self._check_finite()
             return
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
         if self.args.load_best_model_at_end:
             self._load_best_model()
 
+    def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
+        """Write an entry of the log, unless the loss is none any more: then stop."""
+        if not math.isfinite(logs.get("loss", 0.0)):
+            self._stop(f"the loss is {logs['loss']}")
+        super().log(logs, *arguments, **options)
+
+    def _check_finite(self) -> None:
+        """Check that what was trained is worth keeping.
+
+        Raises:
+            RunError: If it holds what is no number.
+        """
+        trained = self.delta_model.trainable_parameters()
+        broken = [name for name, parameter in trained.items() if not torch.isfinite(parameter.detach()).all()]
+        if broken:
+            self._stop(f"not all numbers in {listing(broken, 2)} are finite")
+
+    def _stop(self, what: str) -> None:
+        """Say that training has diverged, and what can be done.
+
+        Raises:
+            RunError: Always.
+        """
+        entries = [entry for entry in self.state.log_history if "loss" in entry]
+        last = f"; after step {entries[-1]['step']:,} it was {entries[-1]['loss']:.4g}" if entries and "loss" in what else ""
+        newest, _ = self.checkpoints.newest()
+        kept = "There is no checkpoint." if newest is None else f"The last checkpoint before that is {str(newest)!r}."
+        raise RunError(
+            f"Training has diverged: after step {self.state.global_step:,} {what}{last}. {kept} The same run would diverge "
+            f"again; start another with a smaller trainer.learning_rate (it was {self.args.learning_rate:g}), a longer warm-up "
+            "or a smaller trainer.max_grad_norm."
+        )
+
     def unwrap(self) -> None:
-        """Take the autocast of accelerate off the backbone, which computes in the precision of its weights again."""
+        """Leave the backbone as it was given: without accelerate's autocast, and without checkpoints of activations."""
+        model: Any = self.delta_model.backbone_model
         # unwrap_model(keep_fp32_wrapper=False) of accelerate takes off the decorators of the model's own class, too.
         for name in ("forward", "_original_forward"):
-            self.delta_model.backbone_model.__dict__.pop(name, None)
+            model.__dict__.pop(name, None)
+        if self.checkpointing:
+            getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._check_finite()
         self.store_flos()
         state = self.state
         state.best_model_checkpoint = self._best()
@@ -108,7 +153,7 @@ class DeltaTrainer(Trainer):
             checkpoints.load_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler)
             loss = checkpoints.read_values(Path(checkpoint))["loss"]
             if loss is not None:
-                self.add_callback(_LossCallback(self, *loss))
+                self.add_callback(LossCallback(self, *loss))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -134,21 +179,25 @@ class DeltaTrainer(Trainer):
         sampler = super()._get_train_sampler(*arguments)
         return None if sampler is None else EpochSampler(sampler, self.args.data_seed, lambda: int(self.state.epoch or 0))
 
-    def create_optimizer(self, *arguments: Any) -> torch.optim.Optimizer:
-        """Make the optimizer with the learning rates that the delta's type asks for (LoRA+ has two)."""
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the optimizer, with the learning rates and the weight decay that belong to each parameter."""
         if self.optimizer is None:
-            optimizer, factors = super().create_optimizer(*arguments), self.delta_model.learning_rate_factors()
-            groups = []
-            for group in optimizer.param_groups:
-                for factor in sorted({factors.get(parameter, 1.0) for parameter in group["params"]}):
-                    mine = [parameter for parameter in group["params"] if factors.get(parameter, 1.0) == factor]
-                    groups.append({**group, "params": mine, "lr": group["lr"] * factor})
-            optimizer.param_groups = groups
+            args = self.args
+            matrices = self.get_decay_parameter_names(self.delta_model.backbone_model)
+            own = optimizers.groups(self.delta_model, args.learning_rate, self.learning_rates, args.weight_decay, matrices)
+            kind, options = self.get_optimizer_cls_and_kwargs(args, model or self.model)
+            self.optimizer = kind(own, **options)
         return self.optimizer
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **options: Any) -> Any:
         """Return the task's loss, while training with the term that the delta's type adds (AdaLoRA has one)."""
-        result = super().compute_loss(model, inputs, return_outputs=return_outputs, **options)
+        smoother, self.label_smoother = self.label_smoother, self.label_smoother if model.training else None
+        if self.label_smoother is not None:
+            inputs = smoothing.prepared(inputs, self.delta_model.backbone_model)
+        try:
+            result = super().compute_loss(model, inputs, return_outputs=return_outputs, **options)
+        finally:
+            self.label_smoother = smoother
         penalty = self.delta_model.penalty() if model.training else None
         if penalty is None:
             return result
@@ -161,7 +210,12 @@ class DeltaTrainer(Trainer):
         """Measure one split by its features, the validation split where none are given."""
         features = self.eval_dataset if eval_dataset is None else eval_dataset
         self._measured = next(split for split in self.splits.values() if split.features is features)
-        return super().evaluate(eval_dataset, *arguments, **options)
+        found = super().evaluate(eval_dataset, *arguments, **options)
+        chosen, prefix = self.args.metric_for_best_model, options.get("metric_key_prefix", "eval")
+        names = sorted(name.removeprefix(f"{prefix}_") for name in found if not name.endswith(TIMINGS))
+        if chosen is not None and chosen not in names:
+            raise ConfigError(unknown("trainer.metric", chosen, set(names) - {"epoch"}))
+        return found
 
     def answer(self, split: Split) -> tuple[list[Any], list[dict[str, float]] | None]:
         """Return the answers to rows that need no targets, and the probabilities of each where the kind knows them."""
@@ -233,75 +287,6 @@ class EpochSampler(Sampler):
         return len(self.sampler)
 
 
-class _LossCallback(TrainerCallback):
-    """Sets what the loss had added up to in a checkpoint, so that the next entry of the log is the mean that it would be."""
-
-    def __init__(self, trainer: DeltaTrainer, loss: float, since: int) -> None:
-        self.trainer, self.loss, self.since = trainer, loss, since
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        trainer: Any = self.trainer
-        trainer._tr_loss += self.loss
-        trainer._total_loss_scalar -= self.loss  # the mean in the end is this session's
-        trainer._globalstep_last_logged = self.since
-
-
-class CheckpointCallback(TrainerCallback):
-    """Has a checkpoint written when one is due."""
-
-    def __init__(self, saved: Checkpoints) -> None:
-        self.checkpoints = saved
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Find the best checkpoint again, in a folder that may have been moved since."""
-        if state.best_global_step:
-            state.best_model_checkpoint = str(self.checkpoints.path(state.best_global_step))
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Ask for one; transformers asks for those after an evaluation and in the end."""
-        if self.checkpoints.due(state.global_step):
-            control.should_save = True
-
-
-class StepCallback(TrainerCallback):
-    """Tells the delta's type of every optimizer step, while the gradients are there (AdaLoRA moves its budget then)."""
-
-    def __init__(self, delta_model: DeltaModel) -> None:
-        self.delta_model = delta_model
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **options: Any) -> None:
-        """Pass the number of the step on; after the first, say what the loss does not depend on."""
-        if state.global_step == 0:
-            idle = [name for name, p in self.delta_model.trainable_parameters().items() if p.grad is None]
-            if idle:
-                warnings.warn(
-                    f"{len(idle)} trainable parameters have no gradient ({listing(idle, 3)}): the backbone does not call their "
-                    "modules on this data, so they stay as they are. Leave these modules out of modified_modules.",
-                    stacklevel=2,
-                )
-        self.delta_model.after_step(state.global_step + 1, state.max_steps)
-
-
-def precision(config: TrainerConfig) -> str:
-    """Return what is computed in, ``fp32``, ``bf16`` or ``fp16``, where ``auto`` leaves it to the hardware.
-
-    Raises:
-        ConfigError: If the hardware cannot do what is asked for.
-    """
-    gpu = torch.cuda.is_available() and not config.cpu
-    has_bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    if config.precision == "auto":
-        return ("bf16" if has_bf16 else "fp16") if gpu else "fp32"
-    if config.precision == "fp16" and not gpu:
-        raise ConfigError(NO_FP16)
-    if config.precision == "bf16" and gpu and not has_bf16:
-        raise ConfigError(
-            f"trainer.precision=bf16 is not what the GPU ({torch.cuda.get_device_name()}) computes in. Take "
-            "trainer.precision=fp16 or fp32."
-        )
-    return config.precision
-
-
 def build(
     config: TrainerConfig,
     delta_model: DeltaModel,
@@ -321,81 +306,35 @@ def build(
         saved: Where checkpoints go.
         seeds: The seeds of ``data`` and ``dropout``.
         callbacks: The tracker's callbacks.
+
+    Raises:
+        ConfigError: If the backbone, the task or the hardware cannot do what is asked for.
     """
-    mixed = precision(config)
-    if mixed == "fp16":
-        _check_scaled(delta_model)
-    assert config.learning_rate is not None, "see deltaexp.lab.config.completed"
     stopping = config.early_stopping_patience
-    steps = config.max_steps
-    if steps < 1:
-        per_epoch = -(-len(splits["train"].features) // (config.batch_size * config.gradient_accumulation_steps))
-        steps = max(1, round(per_epoch * config.epochs))
-    every = config.eval_every or (max(1, steps // 10) if stopping else None)
-    arguments = TrainingArguments(
-        output_dir=str(saved.folder),
-        max_steps=steps,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.eval_batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.lr_scheduler,
-        warmup_steps=round(config.warmup_ratio * steps),
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        seed=seeds["dropout"],
-        data_seed=seeds["data"],
-        # transformers takes bf16 for a GPU's unless it is told to stay on the CPU.
-        use_cpu=config.cpu or (mixed == "bf16" and not torch.cuda.is_available()),
-        bf16=mixed == "bf16",
-        fp16=mixed == "fp16",
-        eval_strategy="steps" if every else "no",
-        eval_steps=every,
-        # With "steps" there is one in the end too; those between are `CheckpointCallback`'s, and rotating them `Checkpoints`'.
-        save_strategy="steps" if stopping or saved.every != 0 else "no",
-        save_steps=every if stopping else steps,
-        restore_callback_states_from_checkpoint=True,
-        load_best_model_at_end=stopping is not None,
-        metric_for_best_model=kind.metric if stopping else None,
-        greater_is_better=kind.greater_is_better if stopping else None,
-        train_sampling_strategy="group_by_length" if config.group_by_length else "random",
-        logging_steps=config.log_every,
-        report_to="none",
-        disable_tqdm=not config.progress,
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available() and not config.cpu,
-        optim="adamw_torch",
+    options = arguments.build(
+        config, delta_model, kind, len(splits["train"].features) if "train" in splits else 0, saved, seeds
     )
-    extra = [EarlyStoppingCallback(early_stopping_patience=stopping)] if stopping else []
+    extra = [EarlyStoppingCallback(stopping, config.early_stopping_min_delta)] if stopping else []
     trainer = DeltaTrainer(
         delta_model,
         kind,
         splits,
         saved,
-        args=arguments,
+        args=options,
         callbacks=[StepCallback(delta_model), CheckpointCallback(saved), *extra, *callbacks],
     )
+    if config.label_smoothing:
+        trainer.label_smoother = smoothing.Smoother(config.label_smoothing)
+    trainer.checkpointing = config.gradient_checkpointing
+    trainer.learning_rates = dict(config.learning_rates)
+    optimizers.named_rates(delta_model, config.learning_rates)  # a pattern that means nothing is told now
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def _check_scaled(delta_model: DeltaModel) -> None:
-    """Check that the gradients of a scaled loss can be scaled back, which those in half precision cannot.
-
-    Raises:
-        ConfigError: If a trainable parameter is in half precision.
-    """
-    half = [name for name, p in delta_model.trainable_parameters().items() if p.dtype == torch.float16]
-    if half:
-        raise ConfigError(
-            f"trainer.precision=fp16 scales the loss, for which what is trained must be in float32, and {listing(half, 2)} "
-            "are in float16. Take backbone.dtype=float32, or trainer.precision=fp32 to train them as they are."
-        )
-
-
 def evaluate(trainer: DeltaTrainer, split: Split) -> dict[str, float]:
     """Return the loss and the metrics on a split, without the prefix and the timings that the Trainer adds."""
-    measured = trainer.evaluate(split.features, metric_key_prefix="x")
-    timings = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+    with torch.compiler.set_stance("force_eager"):  # compiling takes longer than most evaluations
+        measured = trainer.evaluate(split.features, metric_key_prefix="x")
     names = {name.removeprefix("x_"): float(value) for name, value in measured.items() if name.startswith("x_")}
-    return {name: value for name, value in names.items() if name not in timings}
+    return {name: value for name, value in names.items() if name not in TIMINGS}

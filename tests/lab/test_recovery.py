@@ -120,6 +120,11 @@ def test_a_continued_run_ends_in_the_same_bytes(delta_type: str, tmp_path: Path,
     ("step", "words"),
     [
         (5, ["trainer.group_by_length=true", "trainer.gradient_accumulation_steps=2"]),
+        (5, ["trainer.optimizer=adafactor", "trainer.gradient_checkpointing=true", "trainer.label_smoothing=0.1"]),
+        pytest.param(5, ["trainer.optimizer=sgd", "trainer.warmup_steps=3"], marks=pytest.mark.slow),
+        pytest.param(5, ["trainer.precision=bf16", "trainer.optimizer=adamw_fused"], marks=pytest.mark.slow),
+        pytest.param(5, ["trainer.lr_scheduler=warmup_stable_decay", "trainer.restore_best=true"], marks=pytest.mark.slow),
+        pytest.param(5, ["trainer.learning_rates={lora_B: 1e-2}", "trainer.weight_decay=0.1"], marks=pytest.mark.slow),
         pytest.param(1, [], marks=pytest.mark.slow),  # before the first checkpoint
         pytest.param(5, ["trainer.save_every=4", "trainer.batch_size=5"], marks=pytest.mark.slow),  # which ends an epoch
         pytest.param(5, ["trainer.eval_every=3", "trainer.lr_scheduler=cosine"], marks=pytest.mark.slow),
