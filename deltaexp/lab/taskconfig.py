@@ -57,6 +57,8 @@ class TaskConfig:
     """Split of the final evaluation; null where its labels are not public, then the validation split is taken."""
     holdout: int = 0
     """Where the data have no validation split: so many rows of the training split, drawn with `data_seed`, become one."""
+    columns: list[str] = field(default_factory=list)
+    """Names of the columns of csv and tsv files that have no header line; empty where they have one."""
     inputs: list[str] = field(default_factory=list)
     """The columns that hold the text, or the two texts of a pair; the tokens, the image, the question and the context."""
     target: str = ""

@@ -9,9 +9,8 @@ from deltaexp.errors import ConfigError
 from deltaexp.lab import schema
 
 
-@pytest.mark.parametrize(
-    "group", sorted(set(schema.GROUPS) - {"backbone"})
-)  # those are many, and are composed in test_backbones.py
+# Backbones and tasks are many, and are composed in test_backbones.py and tasks/test_shipped.py.
+@pytest.mark.parametrize("group", sorted(set(schema.GROUPS) - {"backbone", "task"}))
 def test_every_choice_composes_and_is_described(group: str) -> None:
     for choice, line in schema.choices(group).items():
         _, delta = schema.composed([f"{group}={choice}"])

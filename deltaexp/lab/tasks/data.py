@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
-import csv
 import dataclasses
 import hashlib
 import json
-import shutil
-import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 
-from deltaexp.digest_cache import cache_dir
-from deltaexp.errors import TaskError, listing, unknown
+from deltaexp.errors import DeltaExpError, TaskError, listing, unknown
 from deltaexp.lab.taskconfig import TaskConfig
-from deltaexp.lab.tasks import dates
-from deltaexp.lab.tasks.columns import function, view
+from deltaexp.lab.tasks import columns, dates, digits, sources
 
 if TYPE_CHECKING:
     from deltaexp.lab.tasks.kinds import Kind
 
-GENERATORS: Mapping[str, Callable[[str, int, int], list[dict[str, str]]]] = {"dates": dates.generate}
-"""The data that deltaexp makes itself: split, number of rows and seed to rows."""
-GENERATED_ROWS = {"train": 4000, "validation": 500, "test": 500}
 SPLITS = ("train", "validation", "test")
-FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-"""The loaders of `datasets` by the ends of files' names."""
-STALE = 86_400
-"""Seconds after which half-made data in the cache are nobody's."""
+DATES_ROWS = {"train": 4000, "validation": 500, "test": 500}
+GENERATORS: Mapping[str, Callable[[str, int | None, int], list[dict[str, Any]]]] = {
+    "dates": lambda split, rows, seed: dates.generate(split, rows or DATES_ROWS[split], seed),
+    "digits": lambda split, rows, seed: digits.generate(split),
+}
+"""The data that need no file: split, number of rows and seed to rows, of which there may be more."""
 
 
 @dataclass
@@ -68,18 +59,16 @@ def load(task: TaskConfig, kind: type[Kind], progress: bool = True) -> TaskData:
     """
     (datasets.enable_progress_bars if progress else datasets.disable_progress_bars)()
     limits = {split: getattr(task, f"{split}_rows") for split in SPLITS}
-    loaded = _generated(task, limits) if task.data.startswith("generated:") else _loaded(task)
+    loaded, about_source = _generated(task, limits) if task.data.startswith("generated:") else sources.load(task)
     raw, notes = _splits(task, loaded)
     splits = {}
     for split, rows in raw.items():
-        rows = _prepared(rows, task)
+        rows = _prepared(split, rows, task)
         if limits[split] is not None and len(rows) > limits[split]:
             rows = rows.shuffle(seed=task.data_seed).select(range(limits[split]))
-        if not len(rows):
-            raise TaskError(f"The split {split!r} of task {task.name!r} is empty.")
-        splits[split] = view(rows, kind.columns(task), task)
+        splits[split] = _viewed(split, rows, task, kind)
     splits, labels, more = kind.labelled(splits, task)
-    return TaskData(splits, _fingerprint(splits), labels, [*notes, *more])
+    return TaskData(splits, _fingerprint(splits), labels, [*about_source, *notes, *more])
 
 
 def load_split(
@@ -100,7 +89,7 @@ def load_split(
     """
     (datasets.enable_progress_bars if progress else datasets.disable_progress_bars)()
     limits = {name: getattr(task, f"{name}_rows") for name in SPLITS}
-    loaded = _generated(task, limits) if task.data.startswith("generated:") else _loaded(task)
+    loaded, about_source = _generated(task, limits) if task.data.startswith("generated:") else sources.load(task)
     usual = "test" if task.test_split is not None else "validation"
     name = split or usual
     found = (getattr(task, f"{name}_split") or name) if name in SPLITS else name
@@ -115,17 +104,15 @@ def load_split(
         rows = loaded[found]
     else:
         raise TaskError(unknown(f"split of {task.data!r}", found, loaded) + " Choose one with split=NAME.")
-    rows = _prepared(rows, task)
+    rows = _prepared(found, rows, task)
     limit = limits.get(name)
     if limit is not None and len(rows) > limit:
         rows = rows.shuffle(seed=task.data_seed).select(range(limit))
-    if not len(rows):
-        raise TaskError(f"The split {found!r} of task {task.name!r} is empty.")
-    rows = view(rows, kind.columns(task), task)
+    rows = _viewed(found, rows, task, kind)
     if labels:
         rows = _with_labels(rows, task, labels)
     numbered, names, more = kind.labelled({"test": rows}, dataclasses.replace(task, labels=list(labels) or task.labels))
-    return TaskData(numbered, _fingerprint(numbered), names, [*notes, *more])
+    return TaskData(numbered, _fingerprint(numbered), names, [*about_source, *notes, *more])
 
 
 def _with_labels(rows: Dataset, task: TaskConfig, labels: Sequence[str]) -> Dataset:
@@ -179,74 +166,60 @@ def _splits(task: TaskConfig, loaded: Mapping[str, Dataset]) -> tuple[dict[str, 
                 unknown(f"split of {task.data!r}", name, loaded)
                 + f" Set task.{split}_split to one of them"
                 + (", or to null to evaluate on the validation split." if split == "test" else "")
-                + (", or task.holdout=500 to hold rows of the training split out." if split == "validation" else "")
+                + (
+                    f", or task.holdout={_tenth(found)} to hold rows of the training split out."
+                    if split == "validation"
+                    else ""
+                )
                 + ("." if split == "train" else "")
             )
     return found, notes
 
 
-def _prepared(rows: Dataset, task: TaskConfig) -> Dataset:
+def _tenth(found: Mapping[str, Dataset]) -> int:
+    return min(500, max(1, len(found["train"]) // 10))
+
+
+def _prepared(split: str, rows: Dataset, task: TaskConfig) -> Dataset:
     """Return what the function ``task.prepare`` makes of rows."""
     if task.prepare is None:
         return rows
-    made = function(task.prepare, "task.prepare")(rows, task)
+    prepare = columns.function(task.prepare, "task.prepare")
+    try:
+        made = prepare(rows, task)
+    except DeltaExpError:
+        raise
+    except Exception as error:  # a user's code may raise anything
+        raise TaskError(
+            f"task.prepare={task.prepare} failed on the split {split!r} of task {task.name!r}: {type(error).__name__}: {error} "
+            f"({columns.where(error, prepare)})."
+        ) from error
     if not isinstance(made, Dataset):
         raise TaskError(f"task.prepare={task.prepare} returned a {type(made).__name__}; it must return a datasets.Dataset.")
+    if len(rows) and not len(made):
+        raise TaskError(f"task.prepare={task.prepare} left none of the {len(rows)} rows of the split {split!r}.")
     return made
 
 
-def _generated(task: TaskConfig, limits: Mapping[str, int | None]) -> dict[str, Dataset]:
+def _viewed(split: str, rows: Dataset, task: TaskConfig, kind: type[Kind]) -> Dataset:
+    """Return rows with the columns of their kind, checked."""
+    if not len(rows):
+        raise TaskError(f"The split {split!r} of task {task.name!r} is empty.")
+    specs = kind.columns(task)
+    made = columns.view(rows, specs, task)
+    columns.check(split, made, specs, task)
+    return made
+
+
+def _generated(task: TaskConfig, limits: Mapping[str, int | None]) -> tuple[dict[str, Dataset], list[str]]:
     name = task.data.removeprefix("generated:")
     if name not in GENERATORS:
         raise TaskError(unknown("generated data set", name, GENERATORS))
     try:
-        return {
-            split: Dataset.from_list(GENERATORS[name](split, limits.get(split) or GENERATED_ROWS[split], task.data_seed))
-            for split in SPLITS
-        }
+        made = {split: Dataset.from_list(GENERATORS[name](split, limits.get(split), task.data_seed)) for split in SPLITS}
     except ValueError as error:
         raise TaskError(f"The data of task {task.name!r} cannot be generated: {error}") from error
-
-
-def _loaded(task: TaskConfig) -> DatasetDict:
-    """Load a local folder or file, or a dataset of the Hub."""
-    path = Path(task.data).expanduser()
-    try:
-        if (path / "dataset_dict.json").exists():
-            return datasets.load_from_disk(str(path))
-        if path.is_dir():
-            return _folder(path)
-        if path.exists():
-            return _files({task.train_split: path})
-        if str(task.data).startswith((".", "/", "~")) or task.data.count("/") > 1:
-            raise TaskError(f"There is no folder or file {task.data!r} to load the data of task {task.name!r} from.")
-        return datasets.load_dataset(task.data, task.subset, revision=task.revision)
-    except TaskError:
-        raise
-    except Exception as error:  # whatever a loader of a file format or the network raises
-        first_line = (str(error).splitlines() or [""])[0]
-        raise TaskError(
-            f"The data of task {task.name!r} could not be loaded from {task.data!r}: {type(error).__name__}: {first_line} "
-            "Without a network, give a local copy: task.data=FOLDER."
-        ) from error
-
-
-def _folder(path: Path) -> DatasetDict:
-    """Load a folder in which each split is a file of its name; anything else is left to `datasets`."""
-    files = {file.stem: file for file in sorted(path.iterdir()) if file.suffix == ".tsv"}  # which `datasets` takes for csv
-    return _files(files) if files else datasets.load_dataset(str(path))
-
-
-def _files(files: Mapping[str, Path]) -> DatasetDict:
-    suffix = next(iter(files.values())).suffix
-    if suffix not in FORMATS:
-        raise TaskError(
-            f"{str(next(iter(files.values())))!r} is not of a known kind; known are {listing(FORMATS)}, or a folder of such "
-            "files."
-        )
-    # Quotes in tsv files are characters of the text, as in GLUE's.
-    extra: dict[str, Any] = {"sep": "\t", "quoting": csv.QUOTE_NONE} if suffix == ".tsv" else {}
-    return datasets.load_dataset(FORMATS[suffix], data_files={name: str(path) for name, path in files.items()}, **extra)
+    return made, []
 
 
 def _fingerprint(splits: Mapping[str, Dataset]) -> str:
@@ -260,23 +233,3 @@ def _fingerprint(splits: Mapping[str, Dataset]) -> str:
 def _plain(value: Any) -> str:
     """Return what stands in a fingerprint for a value that JSON does not know, such as the bytes of an image."""
     return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else repr(value)
-
-
-def cached(key: Mapping[str, Any], make: Callable[[], DatasetDict]) -> DatasetDict:
-    """Return what ``make`` makes, kept on disk under a digest of ``key`` and shared by all runs that need the same."""
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    folder = cache_dir() / "tokenised" / digest
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        for old in folder.parent.glob(".making-*"):  # of processes that were killed
-            with contextlib.suppress(FileNotFoundError):  # another one clears up too
-                if time.time() - old.stat().st_mtime > STALE:
-                    shutil.rmtree(old, ignore_errors=True)
-        stage = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
-        try:
-            make().save_to_disk(str(stage / "data"))
-            if not folder.exists():  # another process may have been faster
-                (stage / "data").rename(folder)
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
-    return datasets.load_from_disk(str(folder))

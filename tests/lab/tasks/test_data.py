@@ -8,7 +8,7 @@ from datasets import ClassLabel, Dataset, DatasetDict
 
 from deltaexp.errors import TaskError
 from deltaexp.lab.taskconfig import TaskConfig
-from deltaexp.lab.tasks import data
+from deltaexp.lab.tasks import cache, data
 from deltaexp.lab.tasks.kinds.heads import Classification
 
 ROWS = {"text": ["a", "b", "c", "d"], "label": [0, 1, 0, 1]}
@@ -76,7 +76,7 @@ def test_an_empty_split(monkeypatch: pytest.MonkeyPatch) -> None:
     # `datasets` cannot read an empty split from a file at all; a repository of the Hub may still have one.
     table = splits()
     table["validation"] = table["validation"].select([])
-    monkeypatch.setattr(data, "_loaded", lambda task: table)
+    monkeypatch.setattr(data.sources, "load", lambda task: (table, []))
     with pytest.raises(TaskError, match="'validation' of task 't' is empty"):
         data.load(task("somebody/empty"), Classification, progress=False)
 
@@ -101,9 +101,9 @@ def test_an_interrupted_tokenisation_leaves_nothing(tmp_path: Path, monkeypatch:
         raise RuntimeError("the power went")
 
     with pytest.raises(RuntimeError):
-        data.cached({"a": 1}, fail)
+        cache.cached({"a": 1}, fail)
     assert not list((tmp_path / "tokenised").iterdir())
-    made = data.cached({"a": 1}, splits)
+    made = cache.cached({"a": 1}, splits)
     assert json.dumps(made["train"].to_dict()) == json.dumps(ROWS)
 
 

@@ -16,8 +16,9 @@ from torch import nn
 
 from deltaexp.lab.taskconfig import TaskConfig
 from deltaexp.lab.tasks import metrics
+from deltaexp.lab.tasks.cache import cached
 from deltaexp.lab.tasks.columns import Spec
-from deltaexp.lab.tasks.data import TaskData, cached
+from deltaexp.lab.tasks.data import TaskData
 
 IGNORED = -100
 """Label of a token that the loss leaves out."""

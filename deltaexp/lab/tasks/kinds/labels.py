@@ -24,14 +24,22 @@ def numbered(
     Raises:
         TaskError: If a label is none of the names or numbers.
     """
+    _check_shape(splits, task, nested)
     found = {split: _values(rows, nested) for split, rows in splits.items()}
-    names = list(task.labels) or _names(splits, found, task, nested)
-    numbers: dict[Any, int] = {name: number for number, name in enumerate(names)}
+    described = _class_names(splits, nested)
+    if task.labels:
+        names = list(task.labels)
+        numbers: dict[Any, int] = {name: number for number, name in enumerate(names)}
+        numbers |= _given(names, described)
+    elif described is not None:
+        names = described
+        numbers = {name: number for number, name in enumerate(names)} | {number: number for number in range(len(names))}
+    else:
+        ordered = _seen(found, task)
+        # Whole numbers that a file has with a point, as it does where others are missing, are named without it.
+        names = [str(int(value) if isinstance(value, float) and value.is_integer() else value) for value in ordered]
+        numbers = {value: number for number, value in enumerate(ordered)}
     as_numbers = all(isinstance(value, int) and not isinstance(value, bool) for values in found.values() for value in values)
-    if task.labels or as_numbers:
-        numbers |= {number: number for number in range(len(names))}
-    if not task.labels and as_numbers and _class_names(splits, nested) is None:
-        numbers = {int(name): number for number, name in enumerate(names)}  # such as the labels 1, 2 and 5
     for split, values in found.items():
         strange = [value for value in values if value not in numbers]
         if strange:
@@ -39,10 +47,13 @@ def numbered(
     if "train" in found:
         seen = {numbers[value] for value in found["train"]}
         unseen = [name for number, name in enumerate(names) if number not in seen]
-        notes = [f"no row of the training split has the label {listing(unseen)}"] if unseen else []
+        if len(seen) == 1 and len(names) > 1:
+            notes = [f"every row of the training split has the label {names[seen.pop()]}: there is nothing to learn from it"]
+        else:
+            notes = [f"no row of the training split has the label {listing(unseen)}"] if unseen else []
     else:
         notes = []
-    same = all(number == value for value, number in numbers.items() if isinstance(value, int))
+    same = all(numbers[value] == value for values in found.values() for value in values)
     if as_numbers and same:
         return splits, names, notes
 
@@ -73,20 +84,44 @@ def _class_names(splits: dict[str, Dataset], nested: bool) -> list[str] | None:
     return list(feature.names) if hasattr(feature, "names") else None
 
 
-def _names(splits: dict[str, Dataset], found: dict[str, set[Any]], task: TaskConfig, nested: bool) -> list[str]:
-    described = _class_names(splits, nested)
-    if described is not None:
-        return described
+def _given(names: list[str], described: list[str] | None) -> dict[Any, int]:
+    """Return what the numbers of the data stand for, where the names of the classes are given.
+
+    They are the places of the names, unless the data themselves say that they stand for these names in another order, or the
+    names are numbers, such as the stars 1 to 5.
+    """
+    if described is not None and described != names and set(described) == set(names):
+        return {number: names.index(name) for number, name in enumerate(described)}
+    if described is None and all(name.lstrip("-").isdecimal() for name in names):
+        return {int(name): number for number, name in enumerate(names)}
+    return {number: number for number in range(len(names))}
+
+
+def _seen(found: dict[str, set[Any]], task: TaskConfig) -> list[Any]:
+    """Return the labels that training shows, in order."""
     seen: Iterable[Any] = found.get("train") or set().union(*found.values())
-    if None in seen:
-        raise TaskError(f"Rows of task {task.name!r} have no label in {task.target!r}. Take them out, or give them one.")
-    names = [str(value) for value in sorted(seen, key=lambda value: (str(type(value)), value))]
-    if len(names) < 2:
+    values = sorted(seen, key=lambda value: (str(type(value)), value))
+    if len(values) < 2:
         raise TaskError(
-            f"The training split of task {task.name!r} has the one label {listing(names)} in {task.target!r}; there "
-            "have to be two."
+            f"The training split of task {task.name!r} has the one label {listing(values)} in {task.target!r}; there "
+            "have to be two. If others come up elsewhere, name all of them in task.labels."
         )
-    return names
+    return values
+
+
+def _check_shape(splits: dict[str, Dataset], task: TaskConfig, nested: bool) -> None:
+    feature = next(iter(splits.values())).features["target"]
+    lists = hasattr(feature, "feature") or isinstance(feature, (list, dict))
+    if lists and not nested:
+        raise TaskError(
+            f"The column {task.target!r} of task {task.name!r} holds lists, and one label is wanted. Name another column in "
+            "task.target, or task.kind=token_classification for a label of each word."
+        )
+    if nested and not lists:
+        raise TaskError(
+            f"The column {task.target!r} of task {task.name!r} holds one value a row, and a list of labels is wanted, one for "
+            "each word. Name another column in task.target, or task.kind=classification."
+        )
 
 
 def _strange(split: str, strange: list[Any], names: list[str], task: TaskConfig, given: bool) -> str:
