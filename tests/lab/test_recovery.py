@@ -22,7 +22,7 @@ from deltaexp.lab import backbones, checkpoints, recovery, schema, training
 from deltaexp.lab.checkpoints import Checkpoints
 from deltaexp.lab.recovery import StoppedByKeyboard
 from deltaexp.lab.run import Outcome, run
-from deltaexp.lab.tasks import data
+from deltaexp.lab.tasks import cache
 
 SMALL = [
     "task.train_rows=20", "task.validation_rows=4", "task.test_rows=4", "task.max_target_length=8", "trainer=smoke",
@@ -445,7 +445,7 @@ def test_half_made_data_of_a_killed_run_are_cleared(tmp_path: Path, monkeypatch:
     for path in (stale, fresh):
         path.mkdir(parents=True)
     os.utime(stale, (1e9, 1e9))
-    table = data.cached({"key": 1}, lambda: DatasetDict(train=Dataset.from_list([{"x": 1}])))
+    table = cache.cached({"key": 1}, lambda: DatasetDict(train=Dataset.from_list([{"x": 1}])))
     assert table["train"]["x"][:] == [1]
     assert not stale.exists()
     assert fresh.exists()  # which another process may be making
