@@ -74,11 +74,22 @@ def _sample(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tenso
     finally:
         for module in was_training:
             module.training = True
-    logits = getattr(result, "logits", None)
-    tensor = logits if isinstance(logits, torch.Tensor) else result if isinstance(result, torch.Tensor) else result[0]
+    tensor = logits(result)
     flat = tensor.detach().float().cpu().reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
     rows, columns = (_spaced(size, most) for size, most in zip(flat.shape, (POSITIONS, CLASSES), strict=True))
     return flat[rows][:, columns].clone()
+
+
+def logits(result: Any) -> torch.Tensor:
+    """Return the logits of what a model returned, several side by side; its first output where it has none."""
+    if isinstance(result, torch.Tensor):
+        return result
+    named = result.items() if isinstance(result, Mapping) else ()
+    found = [value for name, value in named if name.endswith("logits") and isinstance(value, torch.Tensor)]
+    own = getattr(result, "logits", None)
+    if isinstance(own, torch.Tensor):
+        return own
+    return torch.cat(found, dim=-1) if found else result[0]
 
 
 def _spaced(size: int, most: int) -> torch.Tensor:

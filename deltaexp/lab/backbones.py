@@ -33,7 +33,8 @@ class Backbone:
     """A loaded backbone."""
 
     model: Any
-    tokenizer: Any
+    processor: Any
+    """Its tokenizer, or the image processor of one that sees."""
     source: str
     """Its ``backbone.source``."""
     new: list[str]
@@ -84,7 +85,7 @@ def settings_of(config: BackboneConfig) -> Any:
 
 
 def load(config: BackboneConfig, task: TaskConfig) -> Backbone:
-    """Load backbone and tokenizer for a task.
+    """Load a backbone with its tokenizer or image processor for a task.
 
     Args:
         config: Which one, and how.
@@ -100,17 +101,18 @@ def load(config: BackboneConfig, task: TaskConfig) -> Backbone:
     options["trust_remote_code"] = config.trust_remote_code
     options |= kind.model_options(task)
     try:
-        tokenizer = load_tokenizer(config, place)
+        processor = (load_processor if kind.processes == "image" else load_tokenizer)(config, place)
         dtype = getattr(torch, config.dtype)
         with _without_report(), read_ahead(place, dtype):
             model, info = kind.auto_class().from_pretrained(place, dtype=dtype, output_loading_info=True, **options)
     except (OSError, ValueError) as error:
         raise _not_loaded(config, error) from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # decoders are trained without padding, batches need it
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-    return Backbone(model, tokenizer, config.source, new_patterns(model, info["missing_keys"]), kind)
+    if kind.processes == "text":
+        if processor.pad_token_id is None:
+            processor.pad_token = processor.eos_token  # decoders are trained without padding, batches need it
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = processor.pad_token_id
+    return Backbone(model, processor, config.source, new_patterns(model, info["missing_keys"]), kind)
 
 
 def load_recorded(config: BackboneConfig, folder: Path, delta_config: DeltaConfig, labels: int | None = None) -> nn.Module:
@@ -187,7 +189,7 @@ def loading_code(model: nn.Module, source: str, public: bool = False) -> str:
         place = repr("FOLDER_OF_THE_BACKBONE")
     dtype = str(next(model.parameters()).dtype)
     labels = getattr(model.config, "num_labels", 2)
-    extra = f", num_labels={labels}" if name.endswith("ForSequenceClassification") and labels != 2 else ""
+    extra = f", num_labels={labels}" if name.endswith("Classification") and labels != 2 else ""
     commit = getattr(model.config, "_commit_hash", None)  # known for what came from the Hub: its main branch may move on
     extra += f", revision={commit!r}" if commit else ""
     call = f"backbone_model = {name}.from_pretrained({place}, dtype={dtype}{extra})"

@@ -16,6 +16,7 @@ import transformers
 from rich.console import Console
 
 from deltaexp import checkpoint
+from deltaexp import probe as probes
 from deltaexp.auto import AutoDeltaModel
 from deltaexp.checksum import model_sha256
 from deltaexp.digest_cache import model_digests
@@ -120,7 +121,7 @@ def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, 
 
         # 5. The data tokenised, once and cached by content.
         with clock.phase("tokenise", f"tokenising for {backbone.kind.__name__}"):
-            kind = backbone.kind(task, backbone.tokenizer, backbone.model.config, delta_config.positions())
+            kind = backbone.kind(task, backbone.processor, backbone.model.config, delta_config.positions())
             splits = kind.splits(data)
         base = model_sha256(model_digests(backbone.model, delta_model.base_tensors()))
         inputs = {"data": data.fingerprint, "digest of the backbone": base, "precision": precision}
@@ -327,7 +328,7 @@ def _verify(
     logits = []
     with torch.inference_mode():
         for model in (backbone.model, fresh):
-            logits.append(model.eval()(**inputs).logits.float())
+            logits.append(probes.logits(model.eval()(**inputs)).float())
     difference = float((logits[0] - logits[1]).abs().max())
     if not difference <= TOLERANCE:
         raise DeltaExpError(

@@ -2,10 +2,26 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizerFast,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from deltaexp.lab import schema
+from deltaexp.lab.run import run
 
 WORDS = ["a", "good", "fine", "great", "bad", "poor", "awful", "film", "plot", "the", "was"]
 
@@ -26,6 +42,81 @@ def bert(folder: Path) -> Path:
     return folder
 
 
+CHAT = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+"""A chat template."""
+
+
+def byte_tokenizer(chat: bool = False, ends: bool = False) -> PreTrainedTokenizerFast:
+    """Make a tokenizer with a token for each byte, and special ones.
+
+    Args:
+        chat: Whether it has a chat template.
+        ends: Whether it puts an end after each text, as T5's does.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<pad>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
+    tokenizer = Tokenizer(models.BPE({token: n for n, token in enumerate(special + alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if ends:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+        )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", additional_special_tokens=special[2:],
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+    if chat:
+        fast.chat_template = CHAT
+    return fast
+
+
+def gpt2(folder: Path) -> Path:
+    """Write a random GPT-2 and a byte-level tokenizer without a chat template."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=261, n_embd=32, n_layer=2, n_head=2, n_positions=256, eos_token_id=1, bos_token_id=1, pad_token_id=0
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def llama(folder: Path) -> Path:
+    """Write a random Llama and a byte-level tokenizer with a chat template."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=261, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=256, eos_token_id=1, bos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer(chat=True).save_pretrained(folder)
+    return folder
+
+
+def t5(folder: Path) -> Path:
+    """Write a random T5 and a byte-level tokenizer."""
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=261, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, decoder_start_token_id=0, pad_token_id=0,
+        eos_token_id=1,
+    )  # fmt: skip
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    byte_tokenizer(ends=True).save_pretrained(folder)
+    return folder
+
+
+def table(folder: Path, rows: list[dict], evaluated: list[dict] | None = None) -> Path:
+    """Write rows as the splits of a data set; the first few are validation and test too, unless there are others for these."""
+    folder.mkdir(parents=True)
+    for split in ("train", "validation", "test"):
+        Dataset.from_list(rows if split == "train" else evaluated or rows[:4]).to_parquet(str(folder / f"{split}.parquet"))
+    return folder
+
+
 def reviews(folder: Path, rows: int = 64) -> Path:
     """Write splits of reviews in which one word tells the label."""
     folder.mkdir(parents=True)
@@ -41,3 +132,31 @@ def reviews(folder: Path, rows: int = 64) -> Path:
 def read_results(folder: Path) -> dict:
     """Read the results of a run."""
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+QUICK = ("trainer=smoke", "trainer.progress=false", "task.name=t", "task.max_source_length=64", "task.max_target_length=8")
+
+
+def trained(folder: Path, backbone: Path, data: Path, *overrides: str) -> dict[str, Any]:
+    """Train a delta for three steps, load it as its card says, and return the run's results.
+
+    Args:
+        folder: Where the run goes.
+        backbone: The folder of a backbone.
+        data: The folder of a data set.
+        overrides: What is typed on the command line, beside the names of these.
+    """
+    words = ["backbone=local", "backbone.name=small", f"backbone.source={backbone}", f"task.data={data}", *QUICK, *overrides]
+    config, delta = schema.composed(words)
+    outcome = run(config, delta, folder)
+    results = read_results(outcome.folder)
+    assert results["verification"]["hash"] == "match"
+    assert results["verification"]["max_logit_difference"] == 0.0
+    metrics = results["metrics"]
+    assert metrics["after"].keys() == metrics["before"].keys() >= {"loss", results["task_metric"]}
+    card = (outcome.folder / "README.md").read_text(encoding="utf-8")
+    code = card.split("```python\n")[1].split("```")[0]
+    scope: dict[str, Any] = {}
+    exec(code.replace("PATH_OR_REPO", str(outcome.folder)).replace("FOLDER_OF_THE_BACKBONE", str(backbone)), scope)
+    assert scope["delta_model"].hash_check.value == "match"
+    return results

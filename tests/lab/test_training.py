@@ -37,7 +37,7 @@ def trainer_for(tmp_path: Path, small_bert: Path, small_reviews: Path) -> Make:
         backbone = backbones.load(BackboneConfig(name="small", source=str(small_bert)), task)
         delta_model = AutoDeltaModel.from_config(AutoDeltaConfig.from_dict(delta), backbone_model=backbone.model)
         delta_model.freeze_module(exclude=["deltas", *backbone.new])
-        kind = backbone.kind(task, backbone.tokenizer, backbone.model.config)
+        kind = backbone.kind(task, backbone.processor, backbone.model.config)
         splits = kind.splits(task_data.load(task, backbone.kind, progress=False))
         settings = {"max_steps": 4, "batch_size": 8, "progress": False, "cpu": True, "learning_rate": 1e-3}
         config = TrainerConfig(**{**settings, "lr_scheduler": "constant", **trainer})

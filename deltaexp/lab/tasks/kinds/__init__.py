@@ -8,7 +8,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from deltaexp.errors import ConfigError
 from deltaexp.lab.taskconfig import TaskConfig
-from deltaexp.lab.tasks.kinds import heads, text
+from deltaexp.lab.tasks.kinds import choices, heads, text, tokens
 from deltaexp.lab.tasks.kinds.base import Kind, Split
 
 __all__ = ["Kind", "Split", "architecture", "choose"]
@@ -27,6 +27,16 @@ FORMS: dict[str, dict[tuple[str, str], type[Kind]]] = {
         (ENCODER, "head"): heads.Regression,
         (DECODER, "head"): heads.Regression,
         (ENCODER_DECODER, "head"): heads.Regression,
+    },
+    "token_classification": {
+        (ENCODER, "head"): tokens.TokenClassification,
+        (DECODER, "head"): tokens.TokenClassification,
+        (ENCODER_DECODER, "head"): tokens.TokenClassification,
+    },
+    "multiple_choice": {
+        (ENCODER, "head"): choices.Choices,
+        (DECODER, "text"): choices.DecoderChoices,
+        (ENCODER_DECODER, "text"): choices.TextChoices,
     },
     "seq2seq": {(DECODER, "text"): text.DecoderText, (ENCODER_DECODER, "text"): text.Text},
 }
@@ -69,7 +79,14 @@ def choose(task: TaskConfig, settings: Any, name: str = "") -> type[Kind]:
         raise ConfigError(
             f"{told} and is to be answered by task.answer={answer}, which cannot be: {which}, which answers by {mine[0]}."
         )
-    return forms[built, answer]
+    form = forms[built, answer]
+    classes = form.auto_class()
+    if type(settings) not in classes._model_mapping and not getattr(settings, "auto_map", None):
+        raise ConfigError(
+            f"{told}, for which transformers has no class of the backbone {name!r} ({settings.model_type}): none is "
+            f"known to {classes.__name__}. Choose another backbone" + (" or task.answer=text." if "text" in mine else ".")
+        )
+    return form
 
 
 def _an(built: str) -> str:
