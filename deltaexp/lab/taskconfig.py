@@ -75,7 +75,8 @@ class TaskConfig:
     prompt: Optional[str] = None
     """For answers as text: a template of the input; null writes the task's name and each column's name before its text."""
     separator: str = "\n"
-    """For decoders: what stands between the input and the answer."""
+    """For decoders: what stands between the input and the answer; for plain text, between rows, where ``{eos}`` is the
+    tokenizer's end of a text."""
     metrics: list[str] = field(default_factory=list)
     """Names of metrics; runs are compared by the first. Where it is empty, the kind's usual ones. ``package.module:function``
     or ``FILE.py:function`` is one of your own."""
@@ -97,7 +98,8 @@ class TaskConfig:
     doc_stride: int = 128
     """For extractive QA: by how many tokens the windows overlap into which a long context is cut."""
     packing: bool = False
-    """For causal language models: rows are joined and cut into blocks of `max_source_length` tokens, without padding."""
+    """For plain text and chat: the rows to train on are joined and cut into blocks of `max_source_length` tokens, without
+    padding; what is left over is left out. A token sees what stands before it in its block, of other rows, too."""
     num_beams: int = 1
     """Beams of the search for generated answers; 1 takes the likeliest token each time."""
     save_predictions: bool = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,13 @@ def placed(splits: dict[str, Dataset], task: TaskConfig, fixed: bool) -> dict[st
     return result
 
 
+def texts_of(answers: Sequence[int], rows: Dataset) -> list[Any]:
+    """Return answers as their texts where metrics compare texts, of which several may be right, else as they are."""
+    if "references" not in rows.column_names:
+        return list(answers)
+    return [choices[place] for choices, place in zip(rows["choices"], answers, strict=True)]
+
+
 def _place(target: Any, choices: list[str], labels: list[str]) -> int | None:
     places = [str(label) for label in labels[: len(choices)]]
     letters = [chr(ord("A") + number) for number in range(min(26, len(choices)))]
@@ -141,6 +148,10 @@ class Choices(Kind):
         """Return the place of the best answer of every row."""
         return [int(place) for place in np.argmax(predictions, axis=-1)]
 
+    def measure(self, answers: Sequence[Any], rows: Dataset) -> dict[str, float]:
+        """Return the metrics, by the answers' texts where the task names references."""
+        return super().measure(texts_of(answers, rows), rows)
+
     def shown(self, answer: Any) -> Any:
         """Return the answer's label, where the task has some."""
         return self.task.labels[answer] if self.task.labels else answer
@@ -165,6 +176,10 @@ class TextChoices(Ranking, Text):
     def candidates(self, batch: dict[str, list]) -> list[list[str]]:
         """Return the answers that each row has to choose from."""
         return batch["choices"]
+
+    def measure(self, answers: Sequence[Any], rows: Dataset) -> dict[str, float]:
+        """Return the metrics, by the answers' texts where the task names references."""
+        return super().measure(texts_of(answers, rows), rows)
 
     def shown(self, answer: Any) -> Any:
         """Return the answer's label, where the task has some."""
