@@ -32,7 +32,8 @@ from deltaexp.registry import DeltaConfig
 RECORD, LOCK, DELTA, CHECKPOINTS = "run.json", ".run.lock", "delta", "checkpoints"
 FORMAT = 1
 NO_MATTER = (
-    "hub", "tracker", "resume", "task.dataset", "task.language", "trainer.progress", "trainer.save_every",
+    "hub", "tracker", "resume", "task.dataset", "task.language", "task.save_predictions",
+    "trainer.progress", "trainer.save_every",
     "trainer.evaluate_before", "trainer.keep_checkpoints", "trainer.log_every",
 )  # fmt: skip
 """Keys and sections that the trained delta does not depend on; a run may be continued with others."""

@@ -21,7 +21,19 @@ from deltaexp.auto import AutoDeltaModel
 from deltaexp.checksum import model_sha256
 from deltaexp.digest_cache import model_digests
 from deltaexp.errors import DamagedFileError, DeltaExpError, RunError, listing
-from deltaexp.lab import arguments, backbones, checkpoints, modelcard, public, pushing, recovery, telling, tracking, training
+from deltaexp.lab import (
+    arguments,
+    backbones,
+    checkpoints,
+    modelcard,
+    predictions,
+    public,
+    pushing,
+    recovery,
+    telling,
+    tracking,
+    training,
+)
 from deltaexp.lab.checkpoints import Checkpoints
 from deltaexp.lab.config import RunConfig, completed
 from deltaexp.lab.memory import PeakMemory
@@ -156,6 +168,8 @@ def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, 
         peak = _larger(peak, memory.read())
         with clock.phase("evaluate after", f"evaluating with the delta on {data.evaluated}"):
             after = training.evaluate(trainer, final)
+        if config.task.save_predictions:
+            predictions.write(folder / predictions.PREDICTIONS, kind, final.rows, trainer.answers)
         metrics = {"after": after} if before is None else {"before": before, "after": after}
         if data.evaluated != "validation":
             # What a choice between runs goes by: the test split is for the one that was chosen.
@@ -289,6 +303,11 @@ def _show(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, c
         f"{results['evaluated_on']}\ndelta: {target}",
         markup=False,
     )
+    if config.task.save_predictions and not (claim.folder / predictions.PREDICTIONS).exists():
+        console.print(
+            f"It kept no predictions; make them with: python -m deltaexp eval delta={target} predictions=true out=FOLDER",
+            markup=False,
+        )
     _push(config, claim, Clock(console))
     return Outcome(target, score, results)
 
