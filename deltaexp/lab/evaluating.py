@@ -93,7 +93,7 @@ def evaluate(asked: Asked, console: Console | None = None) -> dict[str, Any]:
         with attached(one, backbone, asked.merged) as delta_model:
             positions = delta_model.config.positions()  # which the input has to leave to it
             if positions not in kinds:
-                kind = backbone.kind(task, backbone.tokenizer, backbone.model.config, positions)
+                kind = backbone.kind(task, backbone.processor, backbone.model.config, positions)
                 kinds[positions] = kind, kind.splits(data)["test"]
                 for line in telling.about_lengths(kind, {split: rows}, {split: kinds[positions][1].truncated}):
                     console.print(f"  {line}", style="yellow", markup=False)
@@ -172,9 +172,9 @@ def trainer_for(
     config: TrainerConfig, delta_model: DeltaModel, kind: Kind, splits: dict[str, Split]
 ) -> Iterator[training.DeltaTrainer]:
     """Within this context there is a run's trainer that only evaluates."""
-    config = dataclasses.replace(
-        config, max_steps=1, eval_every=None, early_stopping_patience=None, save_every=0,
-        learning_rate=config.learning_rate or delta_model.config.recommended_learning_rate(),
+    config = TrainerConfig(
+        eval_batch_size=config.eval_batch_size, precision=config.precision, cpu=config.cpu, progress=config.progress,
+        max_steps=1, learning_rate=1.0, save_every=0,
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="deltaexp-") as folder:  # where a trainer would put what it does not have
         seeds = {"data": 0, "dropout": 0}

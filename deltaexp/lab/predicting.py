@@ -86,7 +86,7 @@ def predict(asked: Asked, console: Console | None = None) -> int:
     datasets.disable_progress_bars()
     backbone = loaded(one, task)
     with attached(one, backbone, asked.merged) as delta_model:
-        kind = backbone.kind(task, backbone.tokenizer, backbone.model.config, delta_model.config.positions())
+        kind = backbone.kind(task, backbone.processor, backbone.model.config, delta_model.config.positions())
         settings = dataclasses.replace(config.trainer, progress=False)
         with trainer_for(settings, delta_model, kind, {}) as trainer:
             answer = _answerer(trainer, kind, asked.scores)

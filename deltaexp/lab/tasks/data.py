@@ -110,37 +110,26 @@ def load_split(
         rows = rows.shuffle(seed=task.data_seed).select(range(limit))
     rows = _viewed(found, rows, task, kind)
     if labels:
-        rows = _with_labels(rows, task, labels)
+        _check_labels(rows, task, labels)
     numbered, names, more = kind.labelled({"test": rows}, dataclasses.replace(task, labels=list(labels) or task.labels))
     return TaskData(numbered, _fingerprint(numbered), names, [*about_source, *notes, *more])
 
 
-def _with_labels(rows: Dataset, task: TaskConfig, labels: Sequence[str]) -> Dataset:
-    """Return rows whose labels, where they are numbers, count the classes that a model was trained on.
+def _check_labels(rows: Dataset, task: TaskConfig, labels: Sequence[str]) -> None:
+    """Check that the task and the data name no other classes than a model was trained on.
 
     Raises:
-        TaskError: If the task or the data name other classes, or the same in another order.
+        TaskError: If they do.
     """
     feature = rows.features["target"]
-    feature = getattr(feature, "feature", feature)
-    own = list(task.labels) or list(getattr(feature, "names", []))
-    if own and own != list(labels):
+    described = getattr(getattr(feature, "feature", feature), "names", None)
+    # What the data themselves say of their numbers may be in another order; what the task says is how they are read.
+    wrong = task.labels and list(task.labels) != list(labels)
+    if wrong or (not task.labels and described is not None and set(described) != set(labels)):
         raise TaskError(
-            f"The data of task {task.name!r} have the labels {listing(own)}, and the delta was trained on {listing(labels)}. "
-            "Evaluate it on data with the same labels, in the same order."
+            f"The data of task {task.name!r} have the labels {listing(task.labels or described or [])}, and the delta was "
+            f"trained on {listing(labels)}. Evaluate it on data with the same labels, in the same order."
         )
-    if own or not all(label.removeprefix("-").isdigit() for label in labels):
-        return rows
-
-    def named(value: Any) -> Any:
-        return [named(one) for one in value] if isinstance(value, list) else value if value is None else str(value)
-
-    # In training numbers without names, such as 1, 2 and 5, were names themselves.
-    plain = rows.rename_column("target", "label")
-    return plain.map(
-        lambda row: {"target": named(row["label"])}, remove_columns="label", keep_in_memory=True, load_from_cache_file=False,
-        desc="labels",
-    )  # fmt: skip
 
 
 def _splits(task: TaskConfig, loaded: Mapping[str, Dataset]) -> tuple[dict[str, Dataset], list[str]]:

@@ -146,5 +146,7 @@ def test_labels_of_an_evaluation_are_those_of_the_training(tmp_path: Path) -> No
         data.load_split(task(write(tmp_path / "d", "parquet")), Classification, labels=["yes", "no"], progress=False)
     described = DatasetDict(test=Dataset.from_dict(ROWS).cast_column("label", ClassLabel(names=["yes", "no"])))
     described.save_to_disk(str(tmp_path / "named"))
-    with pytest.raises(TaskError, match="in the same order"):
-        data.load_split(task(tmp_path / "named", labels=[]), Classification, "test", ["no", "yes"], progress=False)
+    unnamed = task(tmp_path / "named", labels=[])
+    assert data.load_split(unnamed, Classification, "test", ["no", "yes"], False).splits["test"]["target"][:] == [1, 0, 1, 0]
+    with pytest.raises(TaskError, match="have the labels yes, no, and the delta was trained on no, yes, maybe"):
+        data.load_split(unnamed, Classification, "test", ["no", "yes", "maybe"], progress=False)
