@@ -119,8 +119,9 @@ class CausalLM(Kind):
         """Return no loss (`measure` has that of the whole text), and log-likelihood and tokens, shape ``(rows, 2)``."""
         inputs = self.inputs(batch)
         labels = inputs.pop("labels")
-        vocabulary = getattr(model.config, "text_config", None) or model.config
-        rows = max(1, LOGITS // (self.source_length * vocabulary.vocab_size))
+        settings: Any = model.config
+        vocabulary = getattr(settings, "text_config", None) or settings
+        rows: int = max(1, LOGITS // (self.source_length * vocabulary.vocab_size))
         found = []
         for start in range(0, len(labels), rows):
             part = {name: value[start : start + rows] for name, value in inputs.items()}
@@ -144,7 +145,7 @@ class CausalLM(Kind):
 
 def overlapping(stream: np.ndarray, length: int) -> list[np.ndarray]:
     """Return windows of at most ``length`` tokens, each beginning with the last token of the one before."""
-    step = max(1, length - 1)
+    step: int = max(1, length - 1)
     return [stream[start : start + step + 1] for start in range(0, len(stream) - 1, step)]
 
 

@@ -103,6 +103,15 @@ class Text(Kind):
         source = {name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
         return loss, self.generate(model, source)
 
+    def ends(self, settings: Any) -> list[int]:
+        """Return the tokens that end an answer: the model's own, else the tokenizer's.
+
+        Args:
+            settings: The model's generation config.
+        """
+        own = settings.eos_token_id if settings.eos_token_id is not None else self.processor.eos_token_id
+        return list(own) if isinstance(own, (list, tuple)) else [own]
+
     def generate(self, model: nn.Module, source: Batch) -> torch.Tensor:
         """Return generated tokens, shape ``(rows, length)``."""
         plain: Any = getattr(model, "module", model)  # of a model that is wrapped for several processes
@@ -110,7 +119,7 @@ class Text(Kind):
         settings.update(
             max_new_tokens=self.task.max_target_length, max_length=None, num_beams=self.task.num_beams, do_sample=False,
             temperature=None, top_k=None, top_p=None, pad_token_id=self.processor.pad_token_id,
-            eos_token_id=settings.eos_token_id if settings.eos_token_id is not None else self.processor.eos_token_id,
+            eos_token_id=self.ends(settings),
         )  # fmt: skip
         return plain.generate(**source, generation_config=settings)
 
