@@ -31,6 +31,8 @@ from deltaexp.lab.recovery import sync
 
 PREFIX = "checkpoint-"
 DIGESTS = "digests.json"
+INSIDE = "/"
+"""Parts the name of a group of the optimizer's tensors from those in it."""
 TENSORS, VALUES = "training_state.safetensors", "training_state.json"
 INTERVAL = 60.0
 """Seconds from one checkpoint to the next, where no number of steps is given."""
@@ -142,6 +144,8 @@ def write_state(
         for name, value in entries.items():
             if isinstance(value, torch.Tensor):
                 tensors[f"optimizer.{index}.{name}"] = value
+            elif isinstance(value, Mapping):  # bitsandbytes keeps what is quantised together
+                tensors |= {f"optimizer.{index}.{name}{INSIDE}{key}": tensor for key, tensor in value.items()}
             else:
                 numbers.setdefault(str(index), {})[name] = value
     tensors["random.cpu"] = torch.random.get_rng_state()
@@ -181,7 +185,12 @@ def load_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
     state: dict[int, dict[str, Any]] = {int(n): dict(entries) for n, entries in values["optimizer"]["numbers"].items()}
     for key, value in _tensors(folder, "optimizer").items():
         index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
+        name, inside, part = name.partition(INSIDE)
+        entries = state.setdefault(int(index), {})
+        if inside:
+            entries.setdefault(name, {})[part] = value
+        else:
+            entries[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": values["optimizer"]["param_groups"]})
     scheduler.load_state_dict(values["scheduler"])
 

@@ -80,7 +80,7 @@ def check_trainer(trainer: TrainerConfig) -> None:
     if "8bit" in trainer.optimizer and find_spec("bitsandbytes") is None:
         raise ConfigError(
             f"trainer.optimizer={trainer.optimizer} comes with bitsandbytes, which is not installed. "
-            "Run `pip install bitsandbytes`."
+            "Run `pip install 'deltaexp[bitsandbytes]'`."
         )
     _check_schedule(trainer)
 

@@ -67,7 +67,7 @@ def test_an_optimizer_of_a_package_that_is_not_there(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(hyperparameters, "find_spec", lambda name: None)
     for name in OPTIMIZERS:
         if "8bit" in name:
-            with pytest.raises(ConfigError, match="pip install bitsandbytes"):
+            with pytest.raises(ConfigError, match=r"pip install 'deltaexp\[bitsandbytes\]'"):
                 schema.composed([f"trainer.optimizer={name}"])
         elif name != "sgd":
             schema.composed([f"trainer.optimizer={name}"])

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ DROPOUT = {
     "peft": ["peft.lora_dropout=0.2"], "adapter": ["adapter_drop=1"],
 }  # fmt: skip
 QUICK = ("adalora",)
+NEEDS_BITSANDBYTES = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 
 
 class Interruption(Exception):
@@ -121,6 +123,7 @@ def test_a_continued_run_ends_in_the_same_bytes(delta_type: str, tmp_path: Path,
     [
         (5, ["trainer.group_by_length=true", "trainer.gradient_accumulation_steps=2"]),
         (5, ["trainer.optimizer=adafactor", "trainer.gradient_checkpointing=true", "trainer.label_smoothing=0.1"]),
+        pytest.param(5, ["trainer.optimizer=adamw_8bit", "lora_r=64"], marks=[pytest.mark.slow, NEEDS_BITSANDBYTES]),
         pytest.param(5, ["trainer.optimizer=sgd", "trainer.warmup_steps=3"], marks=pytest.mark.slow),
         pytest.param(5, ["trainer.precision=bf16", "trainer.optimizer=adamw_fused"], marks=pytest.mark.slow),
         pytest.param(5, ["trainer.lr_scheduler=warmup_stable_decay", "trainer.restore_best=true"], marks=pytest.mark.slow),

@@ -274,6 +274,7 @@ def test_checkpoints_of_activations_while_training(trainer_for: Make) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's compiler uses what PyTorch deprecates
 def test_compiled(trainer_for: Make) -> None:
     if not any(map(shutil.which, arguments.COMPILERS)):
         pytest.skip("there is no C++ compiler")
@@ -323,3 +324,29 @@ def test_what_is_no_number_is_never_kept(trainer_for: Make) -> None:
         next(iter(delta_model.trainable_parameters().values()))[0] = math.nan
     with pytest.raises(RunError, match=r"not all numbers in .*lora_A are finite"):
         trainer._save_checkpoint(trainer.model, None)
+
+
+def test_the_best_by_another_metric(trainer_for: Make) -> None:
+    keys = {"restore_best": True, "eval_every": 1, "max_steps": 5, "learning_rate": 0.05, "log_every": 1}
+    trainer, _ = trainer_for({"delta_type": "lora"}, **keys, metric="loss")
+    assert (trainer.args.metric_for_best_model, trainer.args.greater_is_better) == ("loss", False)
+    trainer.train_from(None)
+    losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    assert len(losses) == 5  # all steps are trained
+    best = min(losses, key=lambda step: losses[step])
+    assert trainer.state.best_global_step == best
+    measured = training.evaluate(trainer, trainer.splits["validation"])
+    assert measured["loss"] == pytest.approx(losses[best], abs=1e-6)
+
+    trainer, _ = trainer_for({"delta_type": "lora"}, restore_best=True)
+    assert (trainer.args.metric_for_best_model, trainer.args.greater_is_better) == ("accuracy", True)
+    trainer, _ = trainer_for({"delta_type": "lora"}, restore_best=True, metric="acuracy")
+    with pytest.raises(ConfigError, match=r"no trainer\.metric 'acuracy'\. Did you mean 'accuracy'"):
+        training.evaluate(trainer, trainer.splits["validation"])  # before training
+
+
+def test_early_stopping_waits_for_a_real_improvement(trainer_for: Make) -> None:
+    keys = {"eval_every": 1, "max_steps": 9, "metric": "loss", "early_stopping_patience": 2}
+    trainer, _ = trainer_for({"delta_type": "lora"}, **keys, early_stopping_min_delta=1e6)
+    trainer.train_from(None)
+    assert trainer.state.global_step == 3
