@@ -105,8 +105,8 @@ class Chat(Kind):
                 if at < 0 or not text.startswith(before + closed):
                     raise TaskError(
                         f"The chat template of the backbone's tokenizer ({type(self.processor).__name__}) writes a turn "
-                        "otherwise once more turns follow, so that it does not tell where an answer begins and ends. Split conversations "
-                        "into rows of one answer each, by a function in task.prepare, or take another tokenizer."
+                        "otherwise once more turns follow, so that it does not tell where an answer begins and ends. Split "
+                        "conversations into rows of one answer each, by a function in task.prepare, or take another tokenizer."
                     )
             found += [Part(text[place : len(before)], False), Part(text[len(before) : end], True)]
             place = end

@@ -96,7 +96,7 @@ class CausalLM(Kind):
         return {"input_ids": rows, "labels": rows, "truncated": cut, ROW: numbers}
 
     def _features(self, data: TaskData) -> DatasetDict:
-        made = {}
+        made: dict[str, Dataset] = {}
         plain = {split: rows for split, rows in data.splits.items() if split == "train" and not self.task.packing}
         if plain:
             made |= super()._features(TaskData(plain, data.fingerprint))
@@ -126,7 +126,7 @@ class CausalLM(Kind):
         for start in range(0, len(labels), rows):
             part = {name: value[start : start + rows] for name, value in inputs.items()}
             total, tokens = likelihood(model(**part)["logits"], labels[start : start + rows], shifted=True)
-            found.append(torch.stack([-total.double(), tokens.double()], dim=-1))
+            found.append(torch.stack([-total, tokens.float()], dim=-1))
         return None, torch.cat(found)
 
     def answers(self, predictions: np.ndarray, rows: Dataset, numbers: np.ndarray) -> list[Any]:
