@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import tokenizers
 import torch
+import transformers
 from datasets import Dataset, DatasetDict
 from torch import nn
 
@@ -174,7 +178,8 @@ class Kind:
         key = {
             "data": data.fingerprint,
             "processor": fingerprint(self.processor),
-            "kind": [type(self).__name__, *sorted(data.splits)],
+            "kind": [type(self).__name__, code(type(self)), *sorted(data.splits)],
+            "versions": [transformers.__version__, tokenizers.__version__],
             "task": self.cache_key(),
         }
         if self.caches:
@@ -231,12 +236,31 @@ def extras(task: TaskConfig) -> dict[str, Spec]:
 def fingerprint(processor: Any) -> list[str]:
     """Return what features depend on of a tokenizer or an image processor."""
     if hasattr(processor, "get_vocab"):
-        state = repr(sorted(processor.get_vocab().items())) + str(getattr(processor, "chat_template", ""))
-        state += repr([processor.padding_side, processor.special_tokens_map])
+        state = [
+            sorted(processor.get_vocab().items()), getattr(processor, "chat_template", None), processor.padding_side,
+            processor.truncation_side, processor.special_tokens_map,
+        ]  # fmt: skip
+        backend = getattr(processor, "backend_tokenizer", None)
+        if backend is not None:
+            # Merges, normaliser, pre-tokenizer, special tokens around a text. How it pads and cuts is set by each call.
+            whole = json.loads(backend.to_str())
+            state.append({name: value for name, value in whole.items() if name not in ("padding", "truncation")})
+        else:
+            plain = (str, int, float, bool, type(None))
+            state.append({name: value for name, value in processor.init_kwargs.items() if isinstance(value, plain)})
     else:
-        values = processor.to_dict() if hasattr(processor, "to_dict") else vars(processor)
-        state = json.dumps(values, sort_keys=True, default=repr)
-    return [type(processor).__name__, hashlib.sha256(state.encode()).hexdigest()]
+        state = processor.to_dict() if hasattr(processor, "to_dict") else vars(processor)
+    return [type(processor).__name__, hashlib.sha256(json.dumps(state, sort_keys=True, default=repr).encode()).hexdigest()]
+
+
+def code(kind: type) -> str:
+    """Return a digest of the modules in which a kind and those it builds on are written: other code makes other features."""
+    return _sources(tuple(sorted({base.__module__ for base in kind.__mro__ if base is not object})))
+
+
+@functools.cache
+def _sources(modules: tuple[str, ...]) -> str:
+    return hashlib.sha256("\0".join(inspect.getsource(sys.modules[name]) for name in modules).encode()).hexdigest()
 
 
 def position_limit(settings: Any, processor: Any = None) -> int | None:
