@@ -18,6 +18,9 @@ from transformers import (
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTImageProcessorPil,
+    ViTModel,
 )
 
 from deltaexp.lab import schema
@@ -106,6 +109,18 @@ def t5(folder: Path) -> Path:
     )  # fmt: skip
     T5ForConditionalGeneration(config).save_pretrained(folder)
     byte_tokenizer(ends=True).save_pretrained(folder)
+    return folder
+
+
+def vit(folder: Path) -> Path:
+    """Write a random ViT without a classifier, for images of 16 by 16 pixels, and its image processor."""
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=16, patch_size=4,
+        initializer_range=0.3,
+    )  # fmt: skip
+    ViTModel(config).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
     return folder
 
 

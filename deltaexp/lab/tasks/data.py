@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -214,7 +215,12 @@ def _generated(task: TaskConfig, limits: Mapping[str, int | None]) -> tuple[dict
 def _fingerprint(splits: Mapping[str, Dataset]) -> str:
     sha256 = hashlib.sha256()
     for split, rows in splits.items():
+        images = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+        for name in images:
+            rows = rows.cast_column(name, datasets.Image(decode=False))
         for batch in rows.iter(batch_size=1000):
+            for name in images:  # where a file lies is not what it holds
+                batch[name] = [image["bytes"] or Path(image["path"]).read_bytes() for image in batch[name]]
             sha256.update(json.dumps([split, batch], sort_keys=True, ensure_ascii=False, default=_plain).encode())
     return sha256.hexdigest()
 

@@ -8,7 +8,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from deltaexp.errors import ConfigError
 from deltaexp.lab.taskconfig import TaskConfig
-from deltaexp.lab.tasks.kinds import chat, choices, heads, language, questions, text, tokens
+from deltaexp.lab.tasks.kinds import chat, choices, heads, images, language, questions, text, tokens
 from deltaexp.lab.tasks.kinds.base import Kind, Split
 
 __all__ = ["Kind", "Split", "architecture", "choose"]
@@ -45,6 +45,7 @@ FORMS: dict[str, dict[tuple[str, str], type[Kind]]] = {
         (DECODER, "text"): questions.DecoderAnswer,
         (ENCODER_DECODER, "text"): questions.Answer,
     },
+    "image_classification": {(IMAGE, "head"): images.ImageClassification},
     "seq2seq": {(DECODER, "text"): text.DecoderText, (ENCODER_DECODER, "text"): text.Text},
 }
 """For every kind of task, how each architecture answers it: with a head or as text."""
