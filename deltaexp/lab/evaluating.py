@@ -77,7 +77,7 @@ def evaluate(asked: Asked, console: Console | None = None) -> dict[str, Any]:
     console.print(f"backbone {config.backbone.name} from {config.backbone.source}", markup=False)
     kind_class = choose(config.task, backbones.settings_of(config.backbone), config.backbone.name)
     data = task_data.load_split(config.task, kind_class, asked.split, first.labels, config.trainer.progress)
-    task = dataclasses.replace(config.task, labels=data.labels)
+    task = dataclasses.replace(config.task, labels=data.labels, save_predictions=asked.predictions)
     backbone = loaded(first, task)
     for note in data.notes:
         console.print(f"  {note}", markup=False)

@@ -73,7 +73,8 @@ def predict(asked: Asked, console: Console | None = None) -> int:
     one = fetched(asked.place, asked.overrides, "predict", asked.revision, data=False)
     config = one.config
     kind_class = choose(config.task, backbones.settings_of(config.backbone), config.backbone.name)
-    task = dataclasses.replace(config.task, labels=one.labels)
+    # Some kinds write no answers where nobody wants to keep them.
+    task = dataclasses.replace(config.task, labels=one.labels, save_predictions=True)
     if task.kind.endswith("classification") and not task.labels:
         raise ConfigError(
             f"Which classes the delta {one.place!r} was trained on is not recorded; name them, in the order of their numbers: "
@@ -204,7 +205,7 @@ def _filled(row: Row, specs: dict[str, Spec], needed: Sequence[str], task: TaskC
             hint = "" if column in row else f"{did_you_mean(column, row)} Its columns: {listing(row)}."
             raise TaskError(f"Row {number + 1:,} of the input {what} column {column!r}, which task.inputs names.{hint}")
     filled = {name: value_of(row, spec, task) for name, spec in specs.items()}
-    for name in ("text", "text_pair"):
+    for name in ("text", "text_pair", "question", "context"):
         if name in filled and not isinstance(filled[name], str):
             raise TaskError(f"Row {number + 1:,} of the input has no text in {specs[name]!r}: {filled[name]!r:.100}.")
     return filled

@@ -23,7 +23,7 @@ METRICS_ONLY = ("target", "references", "group")
 def described(kind: Kind, answer: Any) -> dict[str, Any]:
     """Return an answer as people read it, ``prediction``, and where that is another thing ``prediction_number``."""
     shown = kind.shown(answer)
-    return {"prediction": shown} | ({} if shown == answer else {"prediction_number": answer})
+    return {"prediction": shown} | ({"prediction_number": answer} if isinstance(answer, int) and shown != answer else {})
 
 
 def lines(kind: Kind, rows: Dataset, answers: Sequence[Any]) -> Iterator[dict[str, Any]]:
@@ -34,6 +34,9 @@ def lines(kind: Kind, rows: Dataset, answers: Sequence[Any]) -> Iterator[dict[st
         rows: The rows, with the columns of ``kind.columns``.
         answers: One for each row.
     """
+    if len(answers) != len(rows):  # the split is measured as one text, in windows
+        yield from ({"window": number, **described(kind, answer)} for number, answer in enumerate(answers))
+        return
     inputs = [name for name in rows.column_names if name not in METRICS_ONLY]
     measured = {"target", "references"} & set(rows.column_names)
     references = kind.references(rows) if measured else [None] * len(rows)
@@ -43,7 +46,8 @@ def lines(kind: Kind, rows: Dataset, answers: Sequence[Any]) -> Iterator[dict[st
         line |= described(kind, answer)
         if measured:
             shown = reference if "references" in rows.column_names else kind.shown(reference)
-            line |= {"reference": shown} | ({} if shown == reference else {"reference_number": reference})
+            line |= {"reference": shown}
+            line |= {"reference_number": reference} if isinstance(reference, int) and shown != reference else {}
         yield line
 
 

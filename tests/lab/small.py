@@ -23,6 +23,7 @@ from transformers import (
     ViTModel,
 )
 
+from deltaexp.__main__ import main
 from deltaexp.lab import schema
 from deltaexp.lab.run import run
 
@@ -174,4 +175,28 @@ def trained(folder: Path, backbone: Path, data: Path, *overrides: str) -> dict[s
     scope: dict[str, Any] = {}
     exec(code.replace("PATH_OR_REPO", str(outcome.folder)).replace("FOLDER_OF_THE_BACKBONE", str(backbone)), scope)
     assert scope["delta_model"].hash_check.value == "match"
+    used_again(outcome.folder, data, results)
     return results
+
+
+def used_again(delta: Path, data: Path, results: dict[str, Any]) -> None:
+    """Measure a run's delta again and have it answer the rows without their targets: the numbers and answers are the run's."""
+    measured = delta.parent / "measured"
+    words = ["trainer.progress=false", f"delta={delta}"]
+    assert main(["eval", *words, f"out={measured}", "predictions=true"]) == 0
+    assert json.loads((measured / "metrics.json").read_text())["deltas"][0]["metrics"] == results["metrics"]["after"]
+    answers = [json.loads(line) for line in (measured / f"predictions/{delta.parent.name}.jsonl").read_text().splitlines()]
+    task = results["config"]["task"]
+    rows, source = Dataset.from_parquet(str(data / f"{results['evaluated_on']}.parquet")), measured / "rows.parquet"
+    # A conversation is the target itself, up to its last answer.
+    rows.remove_columns([name for name in rows.column_names if task["inputs"] and name == task["target"]]).to_parquet(
+        str(source)
+    )
+    assert main(["predict", *words, f"input={source}", f"out={measured / 'answers.jsonl'}"]) == 0
+    found = [json.loads(line) for line in (measured / "answers.jsonl").read_text().splitlines()]
+    assert len(found) == len(rows)
+    if task["kind"] == "causal_lm":  # which is measured as one text, and answers row by row
+        assert {"window", "prediction"} == set(answers[0])
+        assert all(row["prediction"]["tokens"] > 0 for row in found if row[task["inputs"][0]])
+    else:
+        assert [row["prediction"] for row in found] == [row["prediction"] for row in answers]

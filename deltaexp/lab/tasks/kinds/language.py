@@ -133,6 +133,10 @@ class CausalLM(Kind):
         """Return for every window of the text its negative log-likelihood, in nats, and the number of its tokens."""
         return [[float(total), int(tokens)] for total, tokens in predictions]
 
+    def shown(self, answer: Any) -> Any:
+        """Return the negative log-likelihood in nats and the number of tokens by name."""
+        return {"negative_log_likelihood": answer[0], "tokens": answer[1]}
+
     def references(self, rows: Dataset) -> list[Any]:
         """Return the length of the text in bytes."""
         return [len(self.text(rows["text"]).encode())]
