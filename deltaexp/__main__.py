@@ -14,6 +14,7 @@ from typing import Any
 
 from deltaexp import __version__, commands
 from deltaexp.errors import ConfigError, DeltaExpError, InterruptedRunError, unknown
+from deltaexp.lab import processes
 from deltaexp.redaction import guard_logs, redact
 
 RUN = {
@@ -29,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         command = words.pop(0) if words and "=" not in words[0] and words[0][:1] not in ("-", "+", "~") else "run"
+        asks = {"--help", "-h", "--version"} & set(words)
+        if asks and not processes.is_main():
+            return 0
         known = ["run", *commands.names()]
         if command not in known:
             raise ConfigError(unknown("command", command, known) + " An override looks like key=value.")
@@ -38,17 +42,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--version" in words:
             print(f"deltaexp {__version__}")
             return 0
+        if processes.count() > 1 and command != "run":
+            raise ConfigError(f"`deltaexp {command}` works in one process. Start it without torchrun or accelerate launch.")
         return _run(words) if command == "run" else commands.load(command).main(words)
     except ConfigError as error:
-        print(f"deltaexp: {redact(str(error))}", file=sys.stderr)
-        return 2
+        return _tell(redact(str(error)), 2)
     except DeltaExpError as error:
-        print(f"deltaexp: {redact(str(error))}", file=sys.stderr)
-        return 1
+        return _tell(redact(str(error)), 1)
     except KeyboardInterrupt as error:
         # A run says how to continue it.
-        print(f"deltaexp: {redact(str(error)) or 'stopped by the keyboard.'}", file=sys.stderr)
-        return 130
+        return _tell(redact(str(error)) or "stopped by the keyboard.", 130)
+    except Exception:
+        if processes.speaks():
+            raise
+        return 1
+
+
+def _tell(text: str, code: int) -> int:
+    """Print an error, in one of the processes only where there are several, and return the exit code."""
+    if processes.speaks():
+        print(f"deltaexp: {text}", file=sys.stderr, flush=True)
+    return code
 
 
 def _run(words: list[str]) -> int:
@@ -64,6 +78,11 @@ def _run(words: list[str]) -> int:
     if not OmegaConf.has_resolver("short_id"):
         OmegaConf.register_new_resolver("short_id", lambda: os.urandom(3).hex(), use_cache=True)
     if not (options.hydra_help or options.info or options.shell_completion):
+        if options.multirun and processes.count() > 1:
+            raise ConfigError(
+                "A sweep (-m) starts its jobs itself, one after the other in one process. Launch each job on its own with "
+                "torchrun, or the sweep without it."
+            )
         if options.multirun:
             schema.check_sweep(options.overrides, search_path)
             _check_resumed_sweep(schema.parse(options.overrides))
@@ -71,9 +90,15 @@ def _run(words: list[str]) -> int:
             if any(override.is_sweep_override() for override in schema.parse(options.overrides)):
                 raise ConfigError("Several values for one key are a sweep: add -m, e.g. deltaexp -m delta_type=lora,adapter.")
             composed = schema.composed(options.overrides, search_path)
+            if not options.cfg:
+                processes.check(composed[0].trainer.sharding)
+            if not processes.is_main():
+                return 0 if options.cfg else _follow(*composed)
             if composed[0].resume and not options.cfg:
                 words = _resumed(words, options.overrides, composed, search_path)
 
+    if not processes.is_main():
+        return 0  # the first process shows what Hydra has to say
     sweeps: set[str] = set()
 
     def job(cfg: DictConfig) -> float | None:
@@ -90,7 +115,9 @@ def _run(words: list[str]) -> int:
 
         place = [f"hydra.sweep.dir={_quoted(hydra_config.sweep.dir)}"] if options.multirun else []
         again = " ".join(["python -m deltaexp", shlex.join(_with(words, options.overrides, [*place, "resume=true"]))])
-        return run(run_config, delta_config, folder, again=again).score
+        score = run(run_config, delta_config, folder, again=again).score
+        processes.finish()
+        return score
 
     schema.register_schemas(search_path)
     # Errors reach us as they are, instead of printed by Hydra with a hint at its own switches.
@@ -109,6 +136,16 @@ def _run(words: list[str]) -> int:
         from deltaexp.lab import comparison
 
         print(f"written to {comparison.show(sweeps.pop())}")
+    return 0
+
+
+def _follow(run_config: Any, delta_config: Any) -> int:
+    """Be one of the other processes of a run, whose folder is the one that Hydra makes in the first."""
+    from deltaexp.lab.run import run
+
+    guard_logs()
+    run(run_config, delta_config, "")
+    processes.finish()
     return 0
 
 

@@ -11,6 +11,7 @@ import torch
 from transformers import TrainingArguments
 
 from deltaexp.errors import ConfigError, listing
+from deltaexp.lab import processes
 from deltaexp.lab.checkpoints import Checkpoints
 from deltaexp.lab.config import TrainerConfig
 from deltaexp.lab.hyperparameters import NO_FP16, OPTIMIZERS
@@ -69,7 +70,7 @@ def build(
     best = config.early_stopping_patience is not None or config.restore_best
     steps = config.max_steps
     if steps < 1:
-        per_epoch = -(-rows // (config.batch_size * config.gradient_accumulation_steps))
+        per_epoch = -(-rows // (config.batch_size * config.gradient_accumulation_steps * processes.count()))
         steps = max(1, round(per_epoch * config.epochs))
     warmup = _warmup(config, steps) if rows else 0
     metric = config.metric or kind.metric
@@ -88,8 +89,8 @@ def build(
         max_grad_norm=config.max_grad_norm,
         seed=seeds["dropout"],
         data_seed=seeds["data"],
-        # transformers takes bf16 for a GPU's unless it is told to stay on the CPU.
-        use_cpu=config.cpu or (mixed == "bf16" and not torch.cuda.is_available()),
+        # transformers takes bf16 for a GPU's, and several processes for GPUs', unless it is told to stay on the CPU.
+        use_cpu=config.cpu or ((mixed == "bf16" or processes.count() > 1) and not torch.cuda.is_available()),
         bf16=mixed == "bf16",
         fp16=mixed == "fp16",
         eval_strategy="steps" if every else "no",

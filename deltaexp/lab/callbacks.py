@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from deltaexp.errors import listing
+from deltaexp.lab import processes
 from deltaexp.lab.checkpoints import Checkpoints
 from deltaexp.model import DeltaModel
 
@@ -39,7 +40,8 @@ class CheckpointCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Ask for one; transformers asks for those after an evaluation and in the end."""
-        if self.checkpoints.due(state.global_step):
+        due = self.checkpoints.due(state.global_step)
+        if due if self.checkpoints.every is not None else processes.broadcast(due):  # each process has its own clock
             control.should_save = True
 
 

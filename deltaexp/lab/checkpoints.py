@@ -2,7 +2,7 @@
 
 ===============================  ==========================================================================
 ``delta_model.safetensors``      the delta, as it is saved in the end: what is trained, and its fixed tensors
-``training_state.safetensors``   the optimizer's tensors, torch's random states, the delta type's own
+``training_state.safetensors``   the optimizer's tensors, torch's random states by process, the delta type's own
 ``training_state.json``          the scheduler, the optimizer's numbers, other random states, the run's notes
 ``trainer_state.json``           what transformers' Trainer knows of its progress
 ``digests.json``                 sha256 of the others, written last
@@ -18,7 +18,7 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from deltaexp.checksum import file_sha256
 from deltaexp.lab.recovery import sync
 
+RandomState = tuple[dict[str, torch.Tensor], dict[str, Any]]
 PREFIX = "checkpoint-"
 DIGESTS = "digests.json"
 INSIDE = "/"
@@ -126,7 +127,12 @@ def fault(folder: Path) -> str | None:
 
 
 def write_state(
-    folder: Path, optimizer: Any, scheduler: Any, delta_state: Mapping[str, torch.Tensor], values: Mapping[str, Any]
+    folder: Path,
+    optimizer: Any,
+    scheduler: Any,
+    delta_state: Mapping[str, torch.Tensor],
+    values: Mapping[str, Any],
+    random_states: Sequence[RandomState],
 ) -> None:
     """Write all that training goes on from, beside the delta and the Trainer's own state.
 
@@ -136,6 +142,7 @@ def write_state(
         scheduler: The schedule of the learning rate.
         delta_state: What the delta's type keeps while training.
         values: More to remember, for JSON.
+        random_states: What `random_state` returned, in every process.
     """
     state = optimizer.state_dict()
     tensors = {f"delta.{name}": value for name, value in delta_state.items()}
@@ -148,19 +155,25 @@ def write_state(
                 tensors |= {f"optimizer.{index}.{name}{INSIDE}{key}": tensor for key, tensor in value.items()}
             else:
                 numbers.setdefault(str(index), {})[name] = value
-    tensors["random.cpu"] = torch.random.get_rng_state()
-    if torch.cuda.is_available():
-        tensors |= {f"random.cuda.{n}": state for n, state in enumerate(torch.cuda.get_rng_state_all())}
-    kind, keys, *rest = np.random.get_state()
+    for rank, (found, _) in enumerate(random_states):
+        tensors |= {f"random.{rank}.{name}": tensor for name, tensor in found.items()}
     plain = {
         "optimizer": {"param_groups": state["param_groups"], "numbers": numbers},
         "scheduler": scheduler.state_dict(),
-        "python": random.getstate(),
-        "numpy": [kind, np.asarray(keys).tolist(), *rest],
+        "random": [numbers for _, numbers in random_states],
         **values,
     }
     write_tensors(folder / TENSORS, tensors)
     (folder / VALUES).write_text(json.dumps(plain), encoding="utf-8")
+
+
+def random_state() -> RandomState:
+    """Return the random states of this process: torch's as tensors, and those of Python and NumPy for JSON."""
+    tensors = {"cpu": torch.random.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"cuda.{n}": state for n, state in enumerate(torch.cuda.get_rng_state_all())}
+    kind, keys, *rest = np.random.get_state()
+    return tensors, {"python": random.getstate(), "numpy": [kind, np.asarray(keys).tolist(), *rest]}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -195,9 +208,9 @@ def load_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
     scheduler.load_state_dict(values["scheduler"])
 
 
-def load_random(folder: Path) -> None:
-    """Set the random states of Python, NumPy and torch."""
-    values, states = read_values(folder), _tensors(folder, "random")
+def load_random(folder: Path, rank: int = 0) -> None:
+    """Set the random states of Python, NumPy and torch to those of the process with a number."""
+    values, states = read_values(folder)["random"][rank], _tensors(folder, f"random.{rank}")
     version, numbers, gauss = values["python"]
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, *rest = values["numpy"]

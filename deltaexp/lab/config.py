@@ -63,7 +63,7 @@ class TrainerConfig:
     max_steps: int = -1
     """Number of optimizer steps; -1 goes by `epochs`."""
     batch_size: int = 32
-    """Rows in a step, per device."""
+    """Rows in a step, per device: with several processes each has one."""
     eval_batch_size: int = 128
     gradient_accumulation_steps: int = 1
     learning_rate: Optional[float] = None
@@ -124,6 +124,9 @@ class TrainerConfig:
     there is also one after every evaluation."""
     keep_checkpoints: bool = False
     """Keep the last checkpoint when the delta is complete."""
+    sharding: Optional[str] = None
+    """With several processes: ``fsdp`` parts the frozen backbone between them, so that each holds only its part and gathers a
+    block while it computes; null gives each a whole one."""
     cpu: bool = False
     """Stay on the CPU where there is a GPU."""
     progress: bool = True

@@ -32,6 +32,8 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "constant_with_warmup": {},
 }  # fmt: skip
 """The schedules of transformers that go by the number of the step alone, with the options that each of them has."""
+SHARDINGS = ("fsdp",)
+"""Ways of parting a backbone between processes."""
 OPTIMIZERS = {
     "adamw": "adamw_torch",
     "adamw_fused": "adamw_torch_fused",
@@ -49,6 +51,8 @@ def check_trainer(trainer: TrainerConfig) -> None:
     Raises:
         ConfigError: If one is out of range, or two contradict one another.
     """
+    if trainer.sharding is not None and trainer.sharding not in SHARDINGS:
+        raise ConfigError(unknown("trainer.sharding", trainer.sharding, SHARDINGS))
     for key, allowed in (("lr_scheduler", SCHEDULES), ("precision", PRECISIONS), ("optimizer", OPTIMIZERS)):
         value = getattr(trainer, key)
         if value not in allowed:

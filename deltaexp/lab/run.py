@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +29,11 @@ from deltaexp.lab import (
     checkpoints,
     modelcard,
     predictions,
+    processes,
     public,
     pushing,
     recovery,
+    sharding,
     telling,
     tracking,
     training,
@@ -70,44 +74,65 @@ def run(
 ) -> Outcome:
     """Train, evaluate, save, verify and, if asked, push one delta, or go on with that where ``config.resume`` says so.
 
+    Where several processes were launched together, all of them call this with the same config (see `deltaexp.lab.processes`).
+
     Args:
         config: The checked config of the run.
         delta_config: The checked config of the delta.
-        folder: Where the run keeps what it makes; the delta goes to ``delta`` in it.
+        folder: Where the run keeps what it makes; the delta goes to ``delta`` in it. What the first process says counts.
         console: Where to print; standard output where none is given.
         again: The command that continues the run if it is interrupted.
 
     Raises:
         DeltaExpError: If a step fails; a delta that was saved before stays where it is.
     """
-    folder = Path(folder).resolve()
-    console = console or Console(highlight=False, soft_wrap=True)
+    processes.check(config.trainer.sharding)
+    processes.start(config.trainer.cpu)
+    folder, again = processes.broadcast((Path(folder).resolve(), again))
     config = completed(config, delta_config)
     config_dict = recovery.describe(config, delta_config)
-    with recovery.explained(folder, again), recovery.claim(folder, config_dict, config.resume) as claim:
+    if not processes.is_main():
+        console = Console(quiet=True)
+        config = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, progress=False))
+    console = console or Console(highlight=False, soft_wrap=True)
+    with recovery.explained(folder, again), _claim(folder, config_dict, config.resume) as claim:
         run_it = _show if claim.finished else _train
-        return run_it(config, delta_config, claim, console)
+        outcome: Any = run_it(config, delta_config, claim, console)
+        return processes.broadcast(outcome)
 
 
-def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, console: Console) -> Outcome:
-    """Do the whole of a run, or what is left of it."""
+@contextlib.contextmanager
+def _claim(folder: Path, config: dict[str, Any], resume: bool) -> Iterator[recovery.Claim]:
+    """Take the folder for this run, in the first of its processes, whose claim all are told of."""
+    own = recovery.claim(folder, config, resume) if processes.is_main() else contextlib.nullcontext()
+    with own as claim:
+        shared: Any = processes.broadcast(claim)
+        yield shared
+
+
+def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, console: Console) -> Outcome | None:
+    """Do the whole of a run, or what is left of it; only the first process returns what came of it."""
     folder, seeds, config_dict = claim.folder, config.resolved_seeds(), claim.record.config
     target = folder / recovery.DELTA
     precision = arguments.precision(config.trainer)
     saved = Checkpoints(folder / recovery.CHECKPOINTS, config.trainer.save_every)
-    checkpoint_folder, notes = _where_it_was(claim, saved, console)
+    checkpoint_folder, notes = processes.broadcast(_where_it_was(claim, saved, console))
+    together = {"number of processes": processes.count()}
+    _check_same(notes.get("inputs", {}), together)
     clock = Clock(console, dict(notes.get("seconds", {})))
-    tracker = tracking.start(config.tracker, public.publishable(config_dict), folder, claim.record.tracker)
+    described = public.publishable(config_dict)
+    logs = processes.is_main()
+    tracker = tracking.start(config.tracker, described, folder, claim.record.tracker) if logs else tracking.Tracker()
     failed = True
     try:
-        if tracker.id != claim.record.tracker:
+        if logs and tracker.id != claim.record.tracker:
             claim.record.tracker = tracker.id
             claim.record.write(folder)
         # 1. Seeds before anything is initialised; data and dropout get theirs in the Trainer.
         transformers.set_seed(seeds["init"])
 
         # 2. The data, whose labels a new head needs to know.
-        with clock.phase("data", f"task {config.task.name} from {config.task.data}"):
+        with clock.phase("data", f"task {config.task.name} from {config.task.data}"), processes.main_first():
             kind_class = choose(config.task, backbones.settings_of(config.backbone), config.backbone.name)
             data = task_data.load(config.task, kind_class, progress=config.trainer.progress)
             task = dataclasses.replace(config.task, labels=data.labels)
@@ -132,17 +157,19 @@ def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, 
         console.print(f"  trainable {counts['trainable']:,} of {counts['backbone']:,} parameters ({share:.3%})")
 
         # 5. The data tokenised, once and cached by content.
-        with clock.phase("tokenise", f"tokenising for {backbone.kind.__name__}"):
+        with clock.phase("tokenise", f"tokenising for {backbone.kind.__name__}"), processes.main_first():
             kind = backbone.kind(task, backbone.processor, backbone.model.config, delta_config.positions())
             splits = kind.splits(data)
         base = model_sha256(model_digests(backbone.model, delta_model.base_tensors()))
-        inputs = {"data": data.fingerprint, "digest of the backbone": base, "precision": precision}
+        inputs = {"data": data.fingerprint, "digest of the backbone": base, "precision": precision, **together}
         _check_same(notes.get("inputs", {}), inputs)
         rows = {name: len(split.rows) for name, split in splits.items()}
         truncated = {name: split.truncated for name, split in splits.items()}
         console.print("  rows: " + listing(f"{name} {count:,}" for name, count in rows.items()))
         for line in telling.about_lengths(kind, rows, truncated):
             console.print(f"  [yellow]{line}[/yellow]")
+        if config.trainer.sharding:
+            sharding.shard(delta_model, config.trainer.cpu)
         trainer = training.build(config.trainer, delta_model, kind, splits, saved, seeds, tracker.callbacks())
 
         # 6. The backbone as it is, 7. training, 8. the delta.
@@ -160,15 +187,16 @@ def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, 
             "inputs": inputs,
         }
         told = f"training for {trainer.args.max_steps:,} steps in {precision}, learning rate {config.trainer.learning_rate:g}"
+        told += telling.together(processes.count(), trainer.global_batch_size, config.trainer.sharding)
         with clock.phase("train", told):
             if counts["trainable"]:
                 trainer.train_from(checkpoint_folder)
             else:
                 console.print("  nothing is trainable: the backbone is measured as it is")
-        peak = _larger(peak, memory.read())
+        peak = functools.reduce(_larger, processes.gather(_larger(peak, memory.read())))
         with clock.phase("evaluate after", f"evaluating with the delta on {data.evaluated}"):
             after = training.evaluate(trainer, final)
-        if config.task.save_predictions:
+        if config.task.save_predictions and processes.is_main():
             predictions.write(folder / predictions.PREDICTIONS, kind, final.rows, trainer.answers)
         metrics = {"after": after} if before is None else {"before": before, "after": after}
         if data.evaluated != "validation":
@@ -177,6 +205,9 @@ def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, 
                 metrics["validation"] = training.evaluate(trainer, splits["validation"])
 
         trainer.unwrap()
+        if not processes.is_main():
+            failed = False
+            return None
 
         # 9. Save; load into a fresh backbone, as others will; compare.
         stage = folder / ".delta.unverified"
@@ -191,7 +222,7 @@ def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, 
 
         # 10. Results and card, then the folder gets its name: what is called delta is complete and verified.
         results = {
-            "config": public.publishable(config_dict),
+            "config": described,
             "backbone": modelcard.facts(backbone),
             "task_metric": kind.metric,
             "greater_is_better": kind.greater_is_better,
@@ -201,6 +232,9 @@ def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, 
             "training_log": trainer.state.log_history,
             "steps": trainer.state.global_step,
             "precision": precision,
+            "processes": processes.count(),
+            "global_batch_size": trainer.global_batch_size,
+            "sharding": config.trainer.sharding,
             "seeds": seeds,
             "rows": rows,
             "truncated": truncated,
@@ -284,12 +318,14 @@ def _tidy(config: RunConfig, folder: Path) -> None:
         shutil.rmtree(folder / recovery.CHECKPOINTS, ignore_errors=True)
 
 
-def _show(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, console: Console) -> Outcome:
+def _show(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, console: Console) -> Outcome | None:
     """Return what a finished run had found, its files being checked, and push it if it is to be and has not been.
 
     Raises:
         DamagedFileError: If a file is not the one that was written.
     """
+    if not processes.is_main():
+        return None
     target = claim.folder / recovery.DELTA
     _tidy(config, claim.folder)
     manifest = checkpoint.read_manifest(target)

@@ -55,6 +55,13 @@ def about_lengths(kind: Kind, rows: Mapping[str, int], truncated: Mapping[str, i
             yield f"{count:,} of {rows[split]:,} rows of {split} are longer than {limit} tokens and were cut"
 
 
+def together(processes: int, rows: int, sharding: str | None) -> str:
+    """Say how several processes train together; nothing of one."""
+    if processes == 1:
+        return ""
+    return f", in {processes} processes with {rows:,} rows in a step" + (f", sharded by {sharding}" if sharding else "")
+
+
 def versions() -> dict[str, str]:
     """Return the versions of what computes, and the device."""
     from importlib.metadata import version

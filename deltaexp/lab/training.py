@@ -15,18 +15,19 @@ from torch.utils.data import Sampler
 from transformers import (
     EarlyStoppingCallback,
     EvalPrediction,
-    Trainer,
     TrainerState,
     set_seed,
 )
 from transformers.trainer_callback import ExportableState, PrinterCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from deltaexp.checkpoint import WEIGHTS
 from deltaexp.errors import ConfigError, DamagedFileError, RunError, listing, unknown
-from deltaexp.lab import arguments, checkpoints, optimizers, smoothing
+from deltaexp.lab import arguments, checkpoints, optimizers, processes, sharding, smoothing
 from deltaexp.lab.callbacks import CheckpointCallback, LossCallback, StepCallback
 from deltaexp.lab.checkpoints import Checkpoints
 from deltaexp.lab.config import TrainerConfig
+from deltaexp.lab.parallel import ParallelTrainer
 from deltaexp.lab.tasks.kinds import Kind, Split
 from deltaexp.lab.tasks.kinds.base import ROW
 from deltaexp.model import DeltaModel
@@ -34,9 +35,11 @@ from deltaexp.model import DeltaModel
 TRAINER_STATE = "trainer_state.json"
 TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 """What the Trainer adds to the metrics of an evaluation."""
+SPREAD = 1_000_003
+"""What the seeds of dropout differ by from one process to the next."""
 
 
-class DeltaTrainer(Trainer):
+class DeltaTrainer(ParallelTrainer):
     """transformers' Trainer, whose checkpoints hold the delta instead of the whole model, and are complete or not there."""
 
     def __init__(
@@ -44,6 +47,8 @@ class DeltaTrainer(Trainer):
     ) -> None:
         self.delta_model = delta_model
         self.kind, self.splits = kind, splits
+        self.shifted = getattr(kind, "shifted", False)
+        self.sharded = sharding.is_sharded(delta_model.backbone_model)
         self.answers: list[Any] = []
         """What the last evaluation found, one answer for each row."""
         self.checkpoints = saved
@@ -64,7 +69,8 @@ class DeltaTrainer(Trainer):
     def train_from(self, checkpoint: Path | None) -> None:
         """Train, from a checkpoint on where there is one; where training had ended, only its outcome is taken over."""
         if checkpoint is None:
-            set_seed(self.args.seed)  # training is the same whatever was evaluated before
+            # Training is the same whatever was evaluated before; what is random differs between processes.
+            set_seed((self.args.seed + SPREAD * processes.rank()) % 2**32)
         if checkpoint is None or not checkpoints.read_values(checkpoint)["ended"]:
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             self._check_finite()
@@ -115,6 +121,8 @@ class DeltaTrainer(Trainer):
             model.__dict__.pop(name, None)
         if self.checkpointing:
             getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
+        if self.sharded:
+            sharding.put_together(model)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._check_finite()
@@ -126,17 +134,23 @@ class DeltaTrainer(Trainer):
                 state.stateful_callbacks[type(part).__name__] = part.state()
         layers = [attachment.layer for attachment in self.delta_model.attachments]
         # What the loss has added up to since the last entry of the log; Trainers of some versions keep it to themselves.
-        loss = [float(self._tr_loss), self._globalstep_last_logged] if hasattr(self, "_tr_loss") else None
+        loss = None
+        if hasattr(self, "_tr_loss"):
+            summed = processes.gather(float(self._tr_loss))
+            loss = [sum(summed) / len(summed), self._globalstep_last_logged]
         scaler = None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
         values = {"notes": self.notes(), "ended": self.control.should_training_stop, "loss": loss, "scaler": scaler}
+        random = processes.gather(checkpoints.random_state())
 
         def fill(folder: Path) -> None:
             checkpoints.write_tensors(folder / WEIGHTS, self.delta_model.delta_tensors())
             own = self.delta_model.config.training_state(layers)
-            checkpoints.write_state(folder, self.optimizer, self.lr_scheduler, own, values)
+            checkpoints.write_state(folder, self.optimizer, self.lr_scheduler, own, values, random)
             state.save_to_json(str(folder / TRAINER_STATE))
 
-        self.checkpoints.write(state.global_step, fill, best=state.best_global_step)
+        if processes.is_main():
+            self.checkpoints.write(state.global_step, fill, best=state.best_global_step)
+        processes.wait()
 
     def _best(self) -> str | None:
         step = self.state.best_global_step
@@ -157,7 +171,7 @@ class DeltaTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            checkpoints.load_random(Path(checkpoint))
+            checkpoints.load_random(Path(checkpoint), processes.rank())
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.accelerator.scaler is not None:
@@ -177,7 +191,12 @@ class DeltaTrainer(Trainer):
 
     def _get_train_sampler(self, *arguments: Any) -> Sampler | None:
         sampler = super()._get_train_sampler(*arguments)
-        return None if sampler is None else EpochSampler(sampler, self.args.data_seed, lambda: int(self.state.epoch or 0))
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.batch_size *= processes.count()  # of all processes, whose rows are to be of similar length
+        if sampler is None:
+            return None
+        whole = EpochSampler(sampler, self.args.data_seed, lambda: int(self.state.epoch or 0))
+        return self.train_share(whole)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the optimizer, with the learning rates and the weight decay that belong to each parameter."""
@@ -195,21 +214,19 @@ class DeltaTrainer(Trainer):
         if self.label_smoother is not None:
             inputs = smoothing.prepared(inputs, self.delta_model.backbone_model)
         try:
-            result = super().compute_loss(model, inputs, return_outputs=return_outputs, **options)
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **options)
         finally:
             self.label_smoother = smoother
-        penalty = self.delta_model.penalty() if model.training else None
-        if penalty is None:
-            return result
-        # A loss that is averaged over all accumulated batches already is not divided by their number any more.
-        if self.model_accepts_loss_kwargs and options.get("num_items_in_batch") is not None:
-            penalty = penalty / self.current_gradient_accumulation_steps
-        return (result[0] + penalty, result[1]) if return_outputs else result + penalty
+        if model.training:
+            penalty = self.delta_model.penalty()
+            loss = self.weighted(loss) if penalty is None else self.weighted(loss) + penalty
+        return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, eval_dataset: Any = None, *arguments: Any, **options: Any) -> dict[str, float]:
         """Measure one split by its features, the validation split where none are given."""
         features = self.eval_dataset if eval_dataset is None else eval_dataset
         self._measured = next(split for split in self.splits.values() if split.features is features)
+        self._begin(next(split for split in self.splits.values() if split.features is features))
         found = super().evaluate(eval_dataset, *arguments, **options)
         chosen, prefix = self.args.metric_for_best_model, options.get("metric_key_prefix", "eval")
         names = sorted(name.removeprefix(f"{prefix}_") for name in found if not name.endswith(TIMINGS))
@@ -217,32 +234,33 @@ class DeltaTrainer(Trainer):
             raise ConfigError(unknown("trainer.metric", chosen, set(names) - {"epoch"}))
         return found
 
+    def _begin(self, split: Split) -> None:
+        self._measured, self._seen = split, 0
+        self.gather_function = self.gathered
+
     def answer(self, split: Split) -> tuple[list[Any], list[dict[str, float]] | None]:
         """Return the answers to rows that need no targets, and the probabilities of each where the kind knows them."""
-        self._measured = split
+        self._begin(split)
         self.compute_metrics = None
         try:
             found = self.predict(split.features)
         finally:
             self.compute_metrics = self._measure
-        numbers = np.asarray(found.label_ids)
-        order = np.argsort(numbers, kind="stable")
-        predictions, numbers = np.asarray(found.predictions)[order], numbers[order]
-        return self.kind.answers(predictions, split.rows, numbers), self.kind.scores(predictions, numbers)
+        predictions, rows, numbers = _in_order(found, split)
+        return self.kind.answers(predictions, rows, numbers), self.kind.scores(predictions, numbers)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
         """Order what is measured by length, so that little of a batch is padding; the longest come first."""
         lengths = self._measured.lengths
-        if lengths is None:
-            return super()._get_eval_sampler(eval_dataset)
-        return ListedSampler(sorted(range(len(lengths)), key=lambda number: -lengths[number]))
+        order = range(len(self._measured.features))
+        places = order if lengths is None else sorted(order, key=lambda number: -lengths[number])
+        self._eval_share = self.share(ListedSampler(list(places)), self.args.eval_batch_size)
+        return self._eval_share
 
     def _measure(self, found: EvalPrediction) -> dict[str, float]:
         """Return the metrics of an evaluation, in which the rows' numbers take the place of labels."""
-        rows, numbers = self._measured.rows, np.asarray(found.label_ids)
-        order = np.argsort(numbers, kind="stable")
-        self.answers = self.kind.answers(found.predictions[order], rows, numbers[order])
-        return self.kind.measure(self.answers, rows)
+        self.answers = self.kind.answers(*_in_order(found, self._measured))
+        return self.kind.measure(self.answers, self._measured.rows)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -251,7 +269,20 @@ class DeltaTrainer(Trainer):
         batch = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, predictions = self.kind.predict(model, batch)
+        if loss is not None:
+            # The Trainer takes the mean over all batches: each is to count in it as its rows do.
+            share = self._eval_share
+            loss = loss * (share.sizes(self._seen)[share.rank] * share.batches * share.count / len(share.sampler))
+        self._seen += 1
         return loss, None if prediction_loss_only else predictions, batch[ROW]
+
+
+def _in_order(found: Any, split: Split) -> tuple[np.ndarray, Any, np.ndarray]:
+    """Return predictions in the order of the rows that they are about, these rows, and the number of each one's row."""
+    # What is behind those of all features are stand-ins, of processes that had no row left.
+    numbers = np.asarray(found.label_ids)[: len(split.features)]
+    order = np.argsort(numbers, kind="stable")
+    return np.asarray(found.predictions)[order], split.rows, numbers[order]
 
 
 class ListedSampler(Sampler):
