@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,27 @@ def test_the_delta_type_of_one_file_and_one_yaml_trains(tmp_path: Path, monkeypa
     results = json.loads((tmp_path / "out" / "delta" / "results.json").read_text())
     assert results["config"]["modified_modules"] == ["attn.v", "ff.w1"]
     assert results["verification"]["hash"] == "match"
+
+
+OWN_TASK = dict(re.findall(r"<!-- own-task: (\S+) -->\n```\w+\n(.*?)```", README, re.DOTALL))
+
+
+@pytest.mark.skipif(not OWN_TASK, reason="the README has no blocks marked as parts of a task of one's own")
+def test_the_task_of_ones_own_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files are written where the README says, and its command is run there."""
+    before, _, words = OWN_TASK["command"].partition("python -m deltaexp ")
+    assert not before
+    for name, text in OWN_TASK.items():
+        if name == "command":
+            continue
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert main([*shlex.split(words), "trainer.progress=false", "hydra.run.dir=out"]) == 0
+    results = json.loads((tmp_path / "out" / "delta" / "results.json").read_text())
+    assert results["verification"]["hash"] == "match"
+    assert results["labels"] == ["bad", "good"]
+    assert {"accuracy", "missed"} <= results["metrics"]["after"].keys()
 
 
 def test_every_delta_type_has_its_row() -> None:
