@@ -100,6 +100,8 @@ def load(config: BackboneConfig, task: TaskConfig) -> Backbone:
     options: dict[str, Any] = {"revision": config.revision} if config.revision else {}
     options["trust_remote_code"] = config.trust_remote_code
     options |= kind.model_options(task)
+    # A head for other classes, such as ImageNet's, makes way for a new one.
+    options |= {"ignore_mismatched_sizes": True} if "num_labels" in options else {}
     try:
         processor = (load_processor if kind.processes == "image" else load_tokenizer)(config, place)
         dtype = getattr(torch, config.dtype)
@@ -112,7 +114,15 @@ def load(config: BackboneConfig, task: TaskConfig) -> Backbone:
             processor.pad_token = processor.eos_token  # decoders are trained without padding, batches need it
         if model.config.pad_token_id is None:
             model.config.pad_token_id = processor.pad_token_id
-    return Backbone(model, processor, config.source, new_patterns(model, info["missing_keys"]), kind)
+    replaced = [name for name, *_ in info.get("mismatched_keys", ())]
+    prefix = f"{model.base_model_prefix}."
+    if strange := [name for name in replaced if name.startswith(prefix)]:
+        raise DeltaExpError(
+            f"The checkpoint of the backbone {config.name!r} does not fit its own config: other shapes have "
+            f"{listing(strange, 3)}."
+        )
+    model.head_replaced = bool(replaced)  # what loads it again has to say so
+    return Backbone(model, processor, config.source, new_patterns(model, [*info["missing_keys"], *replaced]), kind)
 
 
 def load_recorded(config: BackboneConfig, folder: Path, delta_config: DeltaConfig, labels: int | None = None) -> nn.Module:
@@ -143,7 +153,7 @@ def load_recorded(config: BackboneConfig, folder: Path, delta_config: DeltaConfi
         heads = [p for p in delta_config.unfrozen_modules if p != "deltas"]
         last = [d.shape[0] for n, d in sorted(manifest.delta.items()) if len(d.shape) == 2 and any(covers(p, n) for p in heads)]
         labels = last[-1] if last else labels
-    options |= {"num_labels": labels} if labels else {}
+    options |= {"num_labels": labels, "ignore_mismatched_sizes": True} if labels else {}
     place = location(config.source)
     try:
         found = transformers.AutoConfig.from_pretrained(place, trust_remote_code=config.trust_remote_code, **options)
@@ -189,7 +199,9 @@ def loading_code(model: nn.Module, source: str, public: bool = False) -> str:
         place = repr("FOLDER_OF_THE_BACKBONE")
     dtype = str(next(model.parameters()).dtype)
     labels = getattr(model.config, "num_labels", 2)
-    extra = f", num_labels={labels}" if name.endswith("Classification") and labels != 2 else ""
+    replaced = getattr(model, "head_replaced", False)
+    extra = f", num_labels={labels}" if name.endswith("Classification") and (labels != 2 or replaced) else ""
+    extra += ", ignore_mismatched_sizes=True" if replaced else ""
     commit = getattr(model.config, "_commit_hash", None)  # known for what came from the Hub: its main branch may move on
     extra += f", revision={commit!r}" if commit else ""
     call = f"backbone_model = {name}.from_pretrained({place}, dtype={dtype}{extra})"

@@ -250,6 +250,8 @@ def check(run: RunConfig) -> None:
             if value is not None and value < 1:
                 raise ConfigError(f"{section}.{key} is {value}; it must be at least 1.")
     taskconfig.check(run.task)
+    if run.trainer.group_by_length and run.task.kind == "image_classification":
+        raise ConfigError("trainer.group_by_length=true puts texts of similar length into a batch, and images have none.")
     check_trainer(run.trainer)
     if run.tracker.mode not in (None, *WANDB_MODES):
         raise ConfigError(unknown("tracker.mode", run.tracker.mode, WANDB_MODES))

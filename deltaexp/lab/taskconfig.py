@@ -97,6 +97,9 @@ class TaskConfig:
     """Longest target in tokens, and longest generated answer."""
     doc_stride: int = 128
     """For extractive QA: by how many tokens the windows overlap into which a long context is cut."""
+    white: Optional[int] = None
+    """For images that are given as numbers: the number that is white; null takes the first of 1, 16, 255 and 65535 that no
+    pixel exceeds."""
     packing: bool = False
     """For plain text and chat: the rows to train on are joined and cut into blocks of `max_source_length` tokens, without
     padding; what is left over is left out. A token sees what stands before it in its block, of other rows, too."""
@@ -161,6 +164,7 @@ def check(task: TaskConfig) -> None:
         "max_source_length",
         "max_target_length",
         "num_beams",
+        "white",
         "doc_stride",
     ):
         value = getattr(task, key)

@@ -10,9 +10,10 @@ import torch
 from models import slow_but
 from safetensors.torch import load_file
 from small import read_results
-from transformers import AutoModelForSequenceClassification, T5ForConditionalGeneration
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, T5ForConditionalGeneration
 
 from deltaexp import AutoDeltaModel, HashCheck, checkpoint, registry
+from deltaexp.__main__ import main
 from deltaexp.checksum import file_sha256
 from deltaexp.errors import CheckpointError, HubError
 from deltaexp.lab import backbones, schema
@@ -113,6 +114,30 @@ def test_a_new_head_is_found_trained_saved_and_restored(tmp_path: Path, small_be
     loaded = AutoDeltaModel.from_finetuned(outcome.folder, backbone_model=model)
     assert loaded.hash_check is HashCheck.MATCH
     assert torch.equal(model.classifier.weight, saved["classifier.weight"])
+
+
+def test_a_head_for_other_classes_makes_way_for_a_new_one(tmp_path: Path, small_bert: Path, small_reviews: Path) -> None:
+    other = AutoModelForSequenceClassification.from_pretrained(small_bert, num_labels=7)
+    other.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(small_bert).save_pretrained(tmp_path / "other")
+    outcome = go(tmp_path / "run", *reviews(tmp_path / "other", small_reviews))
+    assert outcome.results["new_parameters"] == ["classifier"]
+    assert load_file(outcome.folder / "delta_model.safetensors")["classifier.weight"].shape[0] == 2
+    scope: dict = {}
+    exec(
+        (outcome.folder / "README.md")
+        .read_text()
+        .split("```python\n")[1]
+        .split("```")[0]
+        .replace("PATH_OR_REPO", str(outcome.folder))
+        .replace("FOLDER_OF_THE_BACKBONE", str(tmp_path / "other")),
+        scope,
+    )
+    assert scope["delta_model"].hash_check is HashCheck.MATCH
+    assert (
+        main(["verify", str(outcome.folder), "backbone=local", "backbone.name=other", f"backbone.source={tmp_path / 'other'}"])
+        == 0
+    )
 
 
 def test_early_stopping_takes_the_best_checkpoint(tmp_path: Path, small_bert: Path, small_reviews: Path) -> None:

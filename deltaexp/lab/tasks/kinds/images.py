@@ -52,7 +52,7 @@ class ImageClassification(Classification):
         splits, labels, notes = super().labelled(splits, task)
         tops = [_largest(batch["image"], task) for rows in splits.values() for batch in _numbers(rows)]
         if tops:
-            white = _white(max(tops), task)
+            white = task.white or _white(max(tops), task)
             splits = {split: rows.add_column("white", [white] * len(rows)) for split, rows in splits.items()}
             notes = [*notes, f"pixels are numbers from 0, which is black, to {white}, which is white"]
         return splits, labels, notes
@@ -62,7 +62,7 @@ class ImageClassification(Classification):
         first = batch["image"][0]
         white = batch["white"][0] if "white" in batch else None
         if white is None and isinstance(first, (list, np.ndarray)):
-            white = _white(_largest(batch["image"], self.task), self.task)
+            white = self.task.white or _white(_largest(batch["image"], self.task), self.task)
         mode = "L" if getattr(self.settings, "num_channels", 3) == 1 else "RGB"
         images = [picture(value, white, self.task).convert(mode) for value in batch["image"]]
         result = {"pixel_values": list(self.processor(images, return_tensors="np")["pixel_values"])}
