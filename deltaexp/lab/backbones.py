@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import re
 from collections import Counter
@@ -13,18 +14,23 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers.utils import logging
 
+from deltaexp import quantised
 from deltaexp.addressing import covers
 from deltaexp.digest_cache import read_ahead
 from deltaexp.errors import BackboneMismatchError, ConfigError, DeltaExpError, listing
+from deltaexp.lab import processes, quantisation, requirements
 from deltaexp.lab.config import BackboneConfig
 from deltaexp.lab.taskconfig import TaskConfig
 from deltaexp.lab.tasks.kinds import Kind, choose
 from deltaexp.manifest import read_manifest
 from deltaexp.registry import DeltaConfig
 
+HEAD = re.compile("classif|head|score|qa_outputs")
+"""What the names of heads hold."""
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
 
@@ -95,34 +101,113 @@ def load(config: BackboneConfig, task: TaskConfig) -> Backbone:
         ConfigError: If the backbone cannot do the task.
         DeltaExpError: If it cannot be loaded.
     """
-    kind = choose(task, settings_of(config), config.name)
-    place = location(config.source)
-    options: dict[str, Any] = {"revision": config.revision} if config.revision else {}
-    options["trust_remote_code"] = config.trust_remote_code
-    options |= kind.model_options(task)
-    # A head for other classes, such as ImageNet's, makes way for a new one.
-    options |= {"ignore_mismatched_sizes": True} if "num_labels" in options else {}
+    settings = settings_of(config)
+    kind = choose(task, settings, config.name)
+    place, config = location(config.source), pinned(config)
     try:
         processor = (load_processor if kind.processes == "image" else load_tokenizer)(config, place)
-        dtype = getattr(torch, config.dtype)
-        with _without_report(), read_ahead(place, dtype):
-            model, info = kind.auto_class().from_pretrained(place, dtype=dtype, output_loading_info=True, **options)
     except (OSError, ValueError) as error:
         raise _not_loaded(config, error) from error
+    model, missing = _loaded(config, place, kind.auto_class(), settings, config.dtype, kind.model_options(task))
     if kind.processes == "text":
         if processor.pad_token_id is None:
             processor.pad_token = processor.eos_token  # decoders are trained without padding, batches need it
         if model.config.pad_token_id is None:
             model.config.pad_token_id = processor.pad_token_id
-    replaced = [name for name, *_ in info.get("mismatched_keys", ())]
-    prefix = f"{model.base_model_prefix}."
-    if strange := [name for name in replaced if name.startswith(prefix)]:
-        raise DeltaExpError(
-            f"The checkpoint of the backbone {config.name!r} does not fit its own config: other shapes have "
-            f"{listing(strange, 3)}."
+    return Backbone(model, processor, config.source, new_patterns(model, missing), kind)
+
+
+def pinned(config: BackboneConfig) -> BackboneConfig:
+    """Return a backbone's config with the commit that its settings came from, so that all of it comes from the same one."""
+    place = location(config.source)
+    if Path(place).is_dir():
+        return config
+    with contextlib.suppress(ValueError, OSError):  # what is no name of a repository
+        found = try_to_load_from_cache(place, "config.json", revision=config.revision)
+        if isinstance(found, str):
+            return dataclasses.replace(config, revision=Path(found).parent.name)  # .../snapshots/COMMIT/config.json
+    return config
+
+
+def _loaded(
+    config: BackboneConfig, place: str, chosen: Any, settings: Any, dtype: str, options: dict[str, Any]
+) -> tuple[Any, set[str]]:
+    """Load a model as a class, and return it with the names of the parameters that its checkpoint did not have.
+
+    A head of another size than the task needs, such as one for other labels, counts as one that it did not have.
+
+    Raises:
+        ConfigError: If it cannot be loaded in the way that the config asks for.
+        DeltaExpError: If it cannot be loaded at all.
+    """
+    requirements.check(config)
+    _check_devices(config)
+    wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
+    options = {"trust_remote_code": config.trust_remote_code, "dtype": wanted, **options}
+    options |= {"revision": config.revision} if config.revision else {}
+    options |= {"device_map": config.device_map} if config.device_map else {}
+    options |= {"attn_implementation": config.attention} if config.attention else {}
+    options |= quantisation.options(config, chosen, settings)
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_without_report())
+            if config.quantization is None:
+                stack.enter_context(read_ahead(place, None if wanted == "auto" else wanted))
+            model, info = chosen.from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise _not_loaded(config, error) from error
+    away = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if away:
+        raise ConfigError(
+            f"backbone.device_map={config.device_map} leaves {len(away)} parameters of {config.name!r} ({listing(away, 2)}) on "
+            "the CPU or the disk, for want of memory on the GPUs: they could be neither checked nor trained. Take a smaller "
+            "dtype, backbone.quantization=bnb_4bit, or a smaller backbone."
         )
-    model.head_replaced = bool(replaced)  # what loads it again has to say so
-    return Backbone(model, processor, config.source, new_patterns(model, [*info["missing_keys"], *replaced]), kind)
+    resized = {name for name, *_ in info["mismatched_keys"]}
+    children = [name for name, _ in model.named_children()]
+    based = model.base_model_prefix in children  # T5 and CLIP hold the parts of the base model themselves
+    heads = [n for n in children if (n != model.base_model_prefix if based else HEAD.search(n))]
+    inside = sorted(name for name in resized if name.partition(".")[0] not in heads)
+    if inside:
+        raise DeltaExpError(
+            f"The checkpoint of {config.name!r} and its config.json contradict each other: {listing(inside, 3)} "
+            f"{'has' if len(inside) == 1 else 'have'} other shapes in it. One of the two was changed; fetch them again."
+        )
+    model.head_replaced = bool(resized)  # what loads it again has to say so
+    if not Path(place).is_dir() and config.revision and re.fullmatch("[0-9a-f]{40}", config.revision):
+        model.config._commit_hash = config.revision  # as older versions of transformers did by themselves
+    missing = set(info["missing_keys"]) | resized
+    quantisation.finish(model, config, missing)
+    return model, missing
+
+
+def _check_devices(config: BackboneConfig) -> None:
+    """Check that the devices are there that a backbone's config asks for.
+
+    Raises:
+        ConfigError: If one is not.
+    """
+    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    kind, _, number = (config.device_map or "").partition(":")
+    found = f"there is {torch.accelerator.device_count()} of type {there.type}" if there else "PyTorch finds only the CPU"
+    a_device = kind not in ("", "cpu", *requirements.SPREAD)
+    if a_device and (there is None or kind != there.type or int(number or 0) >= torch.accelerator.device_count()):
+        raise ConfigError(f"backbone.device_map={config.device_map} names a device that is not here: {found}.")
+    if config.device_map in requirements.SPREAD and processes.count() > 1:
+        raise ConfigError(
+            f"backbone.device_map={config.device_map} spreads a backbone over all GPUs, and here are {processes.count()} "
+            "processes that share them. Start one process, or take trainer.sharding=fsdp in place of it."
+        )
+    if there is None and config.attention in requirements.ON_GPUS:
+        raise ConfigError(
+            f"backbone.attention={config.attention} cannot be trained on the CPU, and {found}. Take backbone.attention=sdpa."
+        )
+
+
+def moved(model: Any, device: torch.device) -> Any:
+    """Return a backbone on a device, unless it was loaded where it is to be."""
+    spread = getattr(model, "hf_device_map", None)
+    return model if spread or quantised.names(model) else model.to(device)
 
 
 def load_recorded(config: BackboneConfig, folder: Path, delta_config: DeltaConfig, labels: int | None = None) -> nn.Module:
@@ -143,30 +228,29 @@ def load_recorded(config: BackboneConfig, folder: Path, delta_config: DeltaConfi
     a_model = isinstance(chosen, type) and (name is None or issubclass(chosen, transformers.PreTrainedModel))
     if not a_model:
         raise ConfigError(f"The delta was trained on a {name}, which is no model class of the installed transformers.")
-    options: dict[str, Any] = {"revision": config.revision} if config.revision else {}
     manifest = read_manifest(folder)
-    dtypes = Counter(digest.dtype for digest in manifest.base.values()) if manifest else Counter[str]()
+    # Of quantised weights the scales may have another dtype; they are called otherwise.
+    own = {n: d for n, d in manifest.base.items() if n.endswith((".weight", ".bias"))} if manifest else {}
+    dtypes = Counter(digest.dtype for digest in (own or (manifest.base if manifest else {})).values())
     wide = [dtype for dtype, _ in dtypes.most_common() if isinstance(getattr(torch, dtype, None), torch.dtype)]
-    dtype = getattr(torch, next((dtype for dtype in wide if "float" in dtype), config.dtype))
+    dtype = next((dtype for dtype in wide if dtype in ("float32", "bfloat16", "float16", "float64")), config.dtype)
     if name and name.endswith("Classification") and manifest:
         # The head is the delta's own; how many labels it has is told by its last weight, of shape (labels, dim).
         heads = [p for p in delta_config.unfrozen_modules if p != "deltas"]
         last = [d.shape[0] for n, d in sorted(manifest.delta.items()) if len(d.shape) == 2 and any(covers(p, n) for p in heads)]
         labels = last[-1] if last else labels
-    options |= {"num_labels": labels, "ignore_mismatched_sizes": True} if labels else {}
-    place = location(config.source)
-    try:
-        found = transformers.AutoConfig.from_pretrained(place, trust_remote_code=config.trust_remote_code, **options)
-        wanted = getattr(getattr(chosen, "config_class", None), "model_type", None)
-        if wanted and found.model_type != wanted:
-            raise BackboneMismatchError(
-                f"The delta was trained on a {name}, and the backbone {config.name!r} is a {found.model_type} model. Name the "
-                "backbone it was trained on."
-            )
-        with _without_report(), read_ahead(place, dtype):
-            return chosen.from_pretrained(place, dtype=dtype, trust_remote_code=config.trust_remote_code, **options)
-    except (OSError, ValueError) as error:
-        raise _not_loaded(config, error) from error
+    found = settings_of(config)
+    wanted = getattr(getattr(chosen, "config_class", None), "model_type", None)
+    if wanted and found.model_type != wanted:
+        raise BackboneMismatchError(
+            f"The delta was trained on a {name}, and the backbone {config.name!r} is a {found.model_type} model. Name the "
+            "backbone it was trained on."
+        )
+    if config.quantization is None and manifest and getattr(found, "quantization_config", None) is None:
+        # As it was then; another way that is asked for is found to be another.
+        config = dataclasses.replace(config, dtype=dtype, **quantisation.recorded(manifest.settings))
+    options = {"num_labels": labels} if labels else {}
+    return _loaded(pinned(config), location(config.source), chosen, found, dtype, options)[0]
 
 
 def _not_loaded(config: BackboneConfig, error: Exception) -> DeltaExpError:
@@ -175,6 +259,10 @@ def _not_loaded(config: BackboneConfig, error: Exception) -> DeltaExpError:
     if "trust_remote_code" in str(error):
         first_line = "it comes with code of its own, which is run only where you ask for it."
         code = " Read that code; if you trust it, add backbone.trust_remote_code=true."
+    asked = {"attention": config.attention, "device_map": config.device_map, "quantization": config.quantization}
+    ways = [f"backbone.{key}={value}" for key, value in asked.items() if value]
+    if ways and not isinstance(error, OSError):
+        return ConfigError(f"The backbone {config.name!r} could not be loaded with {listing(ways)}: {first_line}{code}")
     return DeltaExpError(
         f"The backbone {config.name!r} could not be loaded from {config.source!r}: {first_line}{code} "
         "Without a network, name a folder (backbone=local backbone.source=FOLDER) or take backbone=tiny_t5."
@@ -197,14 +285,16 @@ def loading_code(model: nn.Module, source: str, public: bool = False) -> str:
         place = f"location({source!r})"
     elif public and Path(source).expanduser().is_dir():
         place = repr("FOLDER_OF_THE_BACKBONE")
-    dtype = str(next(model.parameters()).dtype)
+    dtype = str(next(p for p in model.parameters() if p.is_floating_point() and not quantised.library(p)).dtype)
+    more, argument = quantisation.code(model)
+    imports += more
     labels = getattr(model.config, "num_labels", 2)
-    replaced = getattr(model, "head_replaced", False)
-    extra = f", num_labels={labels}" if name.endswith("Classification") and (labels != 2 or replaced) else ""
-    extra += ", ignore_mismatched_sizes=True" if replaced else ""
+    resized = getattr(model, "head_replaced", False)
+    extra = f", num_labels={labels}" if name.endswith("Classification") and (labels != 2 or resized) else ""
     commit = getattr(model.config, "_commit_hash", None)  # known for what came from the Hub: its main branch may move on
     extra += f", revision={commit!r}" if commit else ""
-    call = f"backbone_model = {name}.from_pretrained({place}, dtype={dtype}{extra})"
+    extra += ", ignore_mismatched_sizes=True" if resized else ""
+    call = f"backbone_model = {name}.from_pretrained({place}, dtype={dtype}{extra}{argument})"
     return "\n".join(["import torch", *imports, "", call])
 
 

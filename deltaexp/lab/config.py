@@ -14,13 +14,12 @@ from typing import Any, Optional
 from deltaexp.card import LANGUAGE, LICENSES
 from deltaexp.errors import ConfigError, did_you_mean, unknown
 from deltaexp.hubclient import check_push, is_repo_id
-from deltaexp.lab import public, taskconfig
+from deltaexp.lab import public, requirements, taskconfig
 from deltaexp.lab.hyperparameters import check_trainer
 from deltaexp.lab.taskconfig import TaskConfig
 from deltaexp.redaction import is_secret
 from deltaexp.registry import DeltaConfig, checked
 
-DTYPES = ("float32", "bfloat16", "float16")
 TRACKERS = ("none", "wandb")
 WANDB_MODES = ("online", "offline", "disabled")
 
@@ -50,7 +49,22 @@ class BackboneConfig:
     tokenizer: Optional[str] = None
     """Where the tokenizer comes from, if not from `source`; ``byt5`` is the byte-level one, which needs no files."""
     dtype: str = "float32"
-    """Precision in which the weights are held."""
+    """Precision in which the weights are held: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the checkpoint's own."""
+    device_map: Optional[str] = None
+    """Where the weights are loaded to: a device, such as ``cuda:0``, or ``auto``, ``balanced``, ``balanced_low_0`` or
+    ``sequential`` to spread them over all GPUs; null loads to the CPU, and training moves them to its device."""
+    attention: Optional[str] = None
+    """How attention is computed: ``eager``, ``sdpa``, ``flex_attention``, ``flash_attention_2`` or ``flash_attention_3``; null
+    leaves it to transformers."""
+    quantization: Optional[str] = None
+    """Quantise the linear maps of the base model while loading: ``bnb_8bit`` (LLM.int8()) or ``bnb_4bit`` (as in QLoRA) by
+    bitsandbytes, ``torchao_int8`` or ``torchao_float8`` (weights only) by torchao."""
+    bnb_4bit_type: str = "nf4"
+    """For ``bnb_4bit``: the 4-bit numbers, ``nf4`` or ``fp4``."""
+    bnb_4bit_double: bool = True
+    """For ``bnb_4bit``: quantise the scales as well (QLoRA's double quantisation)."""
+    bnb_4bit_compute_dtype: Optional[str] = None
+    """For ``bnb_4bit``: the dtype in which is multiplied; null takes `dtype`."""
     trust_remote_code: bool = False
     """Run Python code that the checkpoint brings along; read that code first."""
 
@@ -231,13 +245,11 @@ def check(run: RunConfig) -> None:
     Raises:
         ConfigError: If one is out of range, or two contradict one another.
     """
-    for section, key, allowed in (
-        ("backbone", "dtype", DTYPES),
-        ("tracker", "name", TRACKERS),
-    ):
+    for section, key, allowed in (("tracker", "name", TRACKERS),):
         value = getattr(getattr(run, section), key)
         if value not in allowed:
             raise ConfigError(unknown(f"{section}.{key}", value, allowed))
+    requirements.check(run.backbone)
     if not run.backbone.source:
         raise ConfigError("backbone.source is empty; name a repository of the Hub or a folder, e.g. backbone.source=t5-base.")
     at_least_one = {

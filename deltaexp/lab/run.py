@@ -376,7 +376,7 @@ def _verify(
         DeltaExpError: If they differ by more than the tolerance.
     """
     state = torch.get_rng_state()
-    fresh = backbones.load(config.backbone, task).model.to(device)
+    fresh = backbones.moved(backbones.load(config.backbone, task).model, device)
     loaded = AutoDeltaModel.from_finetuned(folder, backbone_model=fresh)
     torch.set_rng_state(state)
     inputs = {name: value.to(device) for name, value in probe.items()}

@@ -23,7 +23,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from deltaexp.checkpoint import WEIGHTS
 from deltaexp.errors import ConfigError, DamagedFileError, RunError, listing, unknown
-from deltaexp.lab import arguments, checkpoints, optimizers, processes, sharding, smoothing
+from deltaexp.lab import arguments, checkpoints, optimizers, processes, quantisation, sharding, smoothing
 from deltaexp.lab.callbacks import CheckpointCallback, LossCallback, StepCallback
 from deltaexp.lab.checkpoints import Checkpoints
 from deltaexp.lab.config import TrainerConfig
@@ -60,11 +60,14 @@ class DeltaTrainer(ParallelTrainer):
         """Learning rates of their own, by pattern."""
         self.notes: Callable[[], dict[str, Any]] = dict
         """What the run wants to find again in a checkpoint, for JSON."""
-        super().__init__(
-            model=delta_model.backbone_model, train_dataset=splits["train"].features if "train" in splits else None,
-            eval_dataset=splits["validation"].features if "validation" in splits else None,
-            data_collator=kind.collator(delta_model.backbone_model), compute_metrics=self._measure, **options,
-        )  # fmt: skip
+        model = delta_model.backbone_model
+        self._own_forward = model.__dict__.get("forward")  # a backbone that is spread over devices has one of its own
+        with quantisation.trainable(model):
+            super().__init__(
+                model=model, train_dataset=splits["train"].features if "train" in splits else None,
+                eval_dataset=splits["validation"].features if "validation" in splits else None,
+                data_collator=kind.collator(model), compute_metrics=self._measure, **options,
+            )  # fmt: skip
 
     def train_from(self, checkpoint: Path | None) -> None:
         """Train, from a checkpoint on where there is one; where training had ended, only its outcome is taken over."""
@@ -123,6 +126,8 @@ class DeltaTrainer(ParallelTrainer):
             getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
         if self.sharded:
             sharding.put_together(model)
+        if self._own_forward is not None:
+            model.__dict__["forward"] = self._own_forward
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._check_finite()

@@ -3,28 +3,41 @@
 import hashlib
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
+from hub_fixtures import HubClient
 from models import attach, slow_but
 from omegaconf import OmegaConf
 from PIL import Image
 from tiny import tiny_model
 from torch import nn
-from transformers import T5ForConditionalGeneration
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    T5ForConditionalGeneration,
+)
 
+from deltaexp import AutoDeltaModel, HashCheck
+from deltaexp.__main__ import main
 from deltaexp.errors import ConfigError, DeltaExpError
 from deltaexp.hubclient import is_repo_id
-from deltaexp.lab import backbones, schema
+from deltaexp.lab import backbones, processes, schema
 from deltaexp.lab.config import BackboneConfig
+from deltaexp.lab.run import run
 from deltaexp.lab.tasks import dates
 
 TINY = Path(backbones.location("embedded:tiny_t5"))
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "pretrain_tiny_t5.py"
 
 
+LABELS = ["task.labels=[bad,good]"]
+REPO = "DeltaHub/small-bert"
 FAMILIES = {
     "bart": ("seq2seq", "bart"),
     "beit": ("image", "beit"),
@@ -230,3 +243,166 @@ def test_images_need_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install"):
         backbones.load_processor(described("vit_base"), str(tmp_path))
+
+
+def put(client: HubClient, folder: Path) -> str:
+    """Make a commit with the files of a folder, and return it."""
+    if ("model", REPO) not in client.hub.repos:
+        client.api.create_repo(REPO)
+    client.api.upload_folder(repo_id=REPO, folder_path=folder)
+    return client.hub.repos["model", REPO].branches["main"]
+
+
+def test_all_of_a_backbone_comes_from_one_commit_which_is_recorded(
+    hub_client: HubClient, small_bert: Path, small_reviews: Path, tmp_path: Path
+) -> None:
+    hub_client.login()
+    first = put(hub_client, small_bert)
+    changed = shutil.copytree(small_bert, tmp_path / "changed")
+    model = BertModel.from_pretrained(changed)
+    torch.nn.init.normal_(model.get_parameter("encoder.layer.0.output.dense.bias"))
+    model.save_pretrained(changed)
+    tokenizer = json.loads((changed / "tokenizer_config.json").read_text())
+    (changed / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "model_max_length": 7}))
+    second = put(hub_client, changed)
+    assert first != second
+
+    def load(revision: str | None) -> backbones.Backbone:
+        where = [f"backbone.revision={revision}"] if revision else []
+        run, _ = schema.composed(
+            ["backbone=local", f"backbone.source={REPO}", "backbone.name=small", "task=sst2", *LABELS, *where]
+        )
+        return backbones.load(run.backbone, run.task)
+
+    newest, old = load(None), load(first)
+    assert newest.model.config._commit_hash == second
+    assert old.model.config._commit_hash == first
+    assert newest.processor.model_max_length == 7 != old.processor.model_max_length
+    bias = "bert.encoder.layer.0.output.dense.bias"
+    assert torch.equal(newest.model.get_parameter(bias), model.get_parameter(bias.removeprefix("bert.")))
+    assert not torch.equal(newest.model.get_parameter(bias), old.model.get_parameter(bias))
+    # A branch that moves on while the backbone is being loaded changes nothing: what follows is asked for by the commit.
+    asked = [line.path for line in hub_client.hub.requests if "model.safetensors" in line.path and "/resolve/" in line.path]
+    assert asked
+    assert not [path for path in asked if "/resolve/main/" in path]
+
+    names = [f"backbone.source={REPO}", "backbone.name=small", f"backbone.revision={first}"]
+    task = ["task=sst2", f"task.data={small_reviews}", "trainer=smoke", "trainer.progress=false"]
+    results = run(*schema.composed(["backbone=local", *names, *task]), tmp_path / "run").results
+    assert results["backbone"]["revision"] == first
+
+
+def loaded(folder: Path, *keys: str) -> backbones.Backbone:
+    run, _ = schema.composed(
+        ["backbone=local", f"backbone.source={folder}", "backbone.name=small", "task=sst2", *LABELS, *keys]
+    )
+    return backbones.load(run.backbone, run.task)
+
+
+def test_the_dtype_may_be_the_checkpoints_own(small_bert: Path, tmp_path: Path) -> None:
+    BertModel.from_pretrained(small_bert, dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    with_tokenizer(tmp_path / "half", small_bert)
+    assert loaded(tmp_path / "half", "backbone.dtype=auto").model.dtype == torch.bfloat16
+    assert loaded(tmp_path / "half").model.dtype == torch.float32
+    assert loaded(small_bert, "backbone.dtype=auto").model.dtype == torch.float32
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention_is_computed_as_asked(small_bert: Path, attention: str) -> None:
+    model = loaded(small_bert, f"backbone.attention={attention}").model
+    assert model.config._attn_implementation == attention
+
+
+def test_attention_that_a_model_does_not_have(tmp_path: Path) -> None:
+    config = BackboneConfig(name="small", source=str(tmp_path / "small"), attention="sdpa")
+    tiny_model("classification", "deberta-v2").save_pretrained(config.source)
+    settings = backbones.settings_of(config)
+    with pytest.raises(ConfigError, match="could not be loaded with backbone.attention=sdpa"):
+        backbones._loaded(config, config.source, AutoModelForSequenceClassification, settings, "float32", {})
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        (["backbone.device_map=cuda:0"], "names a device that is not here: PyTorch finds only the CPU"),
+        (["backbone.attention=flex_attention"], "cannot be trained on the CPU.*Take backbone.attention=sdpa"),
+    ],
+)
+def test_what_needs_a_gpu_says_so(small_bert: Path, keys: list[str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        loaded(small_bert, *keys)
+
+
+def test_a_backbone_is_not_spread_by_several_processes(small_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    with pytest.raises(ConfigError, match="here are 2 processes that share them"):
+        loaded(small_bert, "backbone.device_map=auto")
+
+
+@pytest.mark.parametrize("place", ["cpu", "auto"])
+def test_a_device_map_trains_and_verifies(place: str, small_bert: Path, small_reviews: Path, tmp_path: Path) -> None:
+    task = ["task=sst2", f"task.data={small_reviews}", "trainer=smoke", "trainer.progress=false"]
+    where = ["backbone=local", f"backbone.source={small_bert}", "backbone.name=small", f"backbone.device_map={place}"]
+    assert run(*schema.composed([*where, *task]), tmp_path).results["verification"]["hash"] == "match"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
+@pytest.mark.parametrize("keys", [["device_map=cuda:0"], ["attention=flex_attention"], ["dtype=bfloat16", "device_map=auto"]])
+def test_on_a_gpu(keys: list[str], small_bert: Path, small_reviews: Path, tmp_path: Path) -> None:
+    task = ["task=sst2", f"task.data={small_reviews}", "trainer=smoke", "trainer.progress=false"]
+    where = ["backbone=local", f"backbone.source={small_bert}", "backbone.name=small", *(f"backbone.{key}" for key in keys)]
+    assert run(*schema.composed([*where, *task]), tmp_path).results["verification"]["hash"] == "match"
+
+
+def test_what_does_not_fit_the_gpus_is_refused(small_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = BertModel.from_pretrained.__func__
+
+    def offloaded(cls: type, *arguments: object, **options: object) -> object:
+        model, info = given(cls, *arguments, **options)
+        model.encoder.layer[1].to("meta")  # as accelerate does with what it keeps on the CPU or the disk
+        return model, info
+
+    monkeypatch.setattr(BertModel, "from_pretrained", classmethod(offloaded))
+    config = BackboneConfig(name="small", source=str(small_bert), device_map="auto")
+    with pytest.raises(ConfigError, match="leaves 16 parameters of 'small'"):
+        backbones._loaded(config, config.source, BertModel, backbones.settings_of(config), "float32", {})
+
+
+def with_tokenizer(folder: Path, small_bert: Path) -> Path:
+    for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json"):
+        if (small_bert / name).exists():
+            shutil.copy(small_bert / name, folder)
+    return folder
+
+
+def test_a_head_of_another_size_is_replaced(small_bert: Path, small_reviews: Path, tmp_path: Path) -> None:
+    old = BertConfig.from_pretrained(small_bert, num_labels=3)
+    BertForSequenceClassification(old).save_pretrained(tmp_path / "three")
+    folder = with_tokenizer(tmp_path / "three", small_bert)
+    task = ["task=sst2", f"task.data={small_reviews}", "trainer=smoke", "trainer.progress=false"]
+    overrides = ["backbone=local", f"backbone.source={folder}", "backbone.name=small", *task]
+    outcome = run(*schema.composed(overrides), tmp_path / "run")
+    assert outcome.results["new_parameters"] == ["classifier"]
+    assert main(["verify", str(outcome.folder), *overrides[:3]]) == 0
+    scope: dict = {}
+    exec(outcome.results["backbone"]["loading_code"].replace("FOLDER_OF_THE_BACKBONE", str(folder)), scope)
+    loaded = AutoDeltaModel.from_finetuned(outcome.folder, backbone_model=scope["backbone_model"])
+    assert loaded.hash_check is HashCheck.MATCH
+
+
+def test_a_checkpoint_that_contradicts_its_config(small_bert: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(small_bert, tmp_path / "other")
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "intermediate_size": 48}))
+    with pytest.raises(DeltaExpError, match="contradict each other: bert.encoder.layer.0.intermediate.dense.bias"):
+        loaded(folder)
+
+
+def test_neither_does_a_t5_get_new_weights_where_its_config_is_wrong(tmp_path: Path) -> None:
+    folder = shutil.copytree(TINY, tmp_path / "t5")
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "d_ff": values["d_ff"] * 2}))
+    config = schema.composed([f"backbone.source={folder}"])[0]
+    with pytest.raises(DeltaExpError, match="contradict each other: decoder.block.0"):
+        backbones.load(config.backbone, config.task)
