@@ -2,6 +2,7 @@
 
 import json
 import math
+import socket
 from pathlib import Path
 
 import pytest
@@ -224,9 +225,15 @@ def test_what_one_process_meets_ends_all(rank: int, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_accelerate_launch_does_the_same(backbones: dict[str, list[str]], tmp_path: Path) -> None:
     words = [*backbones["bert"], *COMMON, *batches(4), f"hydra.run.dir={tmp_path / 'two'}"]
-    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "deltaexp"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    # Without GPUs, too: with --cpu accelerate starts one process, unless MPI is installed.
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port, "-m", "deltaexp"]
     done = launch_with(launcher, words, tmp_path)
     assert done.returncode == 0, done.stderr
+    assert read_results(tmp_path / "two" / "delta")["processes"] == 2
     alone(tmp_path / "one", [*backbones["bert"], *COMMON, *batches(8)])
     compare(tmp_path / "one", tmp_path / "two")
 
