@@ -13,12 +13,16 @@ from typing import Any
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 from transformers.trainer_pt_utils import find_batch_size
 
 from deltaexp.lab import processes
 from deltaexp.lab.tasks.kinds.base import IGNORED
+
+PREPARED = ("_is_accelerate_prepared", "forward", "_original_forward")
+"""What accelerate puts on a model that it has prepared."""
 
 
 class Share(Sampler):
@@ -85,6 +89,14 @@ class ParallelTrainer(Trainer):
         if not self.sharded:
             super()._move_model_to_device(model, device)
 
+    def train(self, *arguments: Any, **options: Any) -> Any:
+        """Train, also after an evaluation, for which accelerate has prepared the model as one that is not trained."""
+        if processes.count() > 1 and not self.sharded:
+            for name in PREPARED:
+                self.model.__dict__.pop(name, None)
+            self.model_wrapped = self.model
+        return super().train(*arguments, **options)
+
     def get_train_dataloader(self) -> DataLoader:
         """Return the batches of this process."""
         return _parted(super().get_train_dataloader())
@@ -144,6 +156,13 @@ class ParallelTrainer(Trainer):
     def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
         """Add the gradients of one batch; with the last of a step, average them over the processes."""
         self._weight = self._weights.pop(0) if self._weights else None
+        model = arguments[0]
+        if (
+            processes.count() > 1
+            and not self.sharded
+            and not any(isinstance(m, DistributedDataParallel) for m in model.modules())
+        ):
+            raise RuntimeError("The gradients of the processes would not be averaged; please report this.")
         loss = super().training_step(*arguments, **options)
         self._weight = None
         if self.sharded and self.accelerator.sync_gradients:

@@ -61,6 +61,9 @@ def shard(delta_model: DeltaModel, cpu: bool) -> None:
     if hasattr(model, "generate"):
         register_fsdp_forward_method(model, "generate")
     setattr(model, MANAGED, True)
+    # By its class's name transformers knows whether labels are to be shifted, and fully_shard gives it another one.
+    own_name = type(model).__bases__[1].__name__
+    model._get_name = lambda: own_name  # type: ignore[method-assign]
     for parameter in (p for p in model.parameters() if p in whole):  # in an order that is the same everywhere
         parameter.data = parameter.data.to(device)
         distributed.broadcast(parameter.data, src=0)
@@ -100,6 +103,6 @@ def put_together(model: Any) -> None:
         state._pre_forward_hook_handle.remove()
         state._post_forward_hook_handle.remove()
         module.__class__ = type(module).__bases__[1]  # fully_shard derives a class from FSDPModule and the module's own
-    for name in ("generate", MANAGED):
+    for name in ("generate", "_get_name", MANAGED):
         model.__dict__.pop(name, None)
     model.to("cpu")

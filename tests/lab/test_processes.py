@@ -22,7 +22,6 @@ from deltaexp.lab.run import run
 TOGETHER = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
 COMMON = [
     "trainer.progress=false", "trainer.log_every=1", "trainer.max_steps=6", "trainer.eval_every=3",
-    "trainer.evaluate_before=false",
 ]  # fmt: skip
 
 
@@ -71,6 +70,8 @@ def compare(one: Path, two: Path) -> None:
     deltas = [load_file(folder / "delta" / "delta_model.safetensors") for folder in (one, two)]
     assert deltas[0].keys() == deltas[1].keys()
     for name, value in deltas[0].items():
+        if name.endswith("key.bias"):
+            continue  # attention does not depend on it: its gradient is rounding alone, which Adam makes as large as any other
         torch.testing.assert_close(value, deltas[1][name], atol=5e-5, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
     for name, value in first["metrics"]["after"].items():
         assert second["metrics"]["after"][name] == pytest.approx(value, abs=1e-3)
@@ -109,7 +110,8 @@ def test_all_that_is_trained_is_the_same_in_two_processes(
     sharding: str | None, backbones: dict[str, list[str]], tmp_path: Path
 ) -> None:
     cases = {
-        "tokens": ("t5", ["trainer.evaluate_before=true"], 1),
+        "tokens": ("t5", [], 1),
+        "not before": ("bert", ["trainer.evaluate_before=false"], 1),
         "decoder": ("gpt2", [], 1),
         "accumulated": ("t5", [], 2),
         "by length": ("t5", ["trainer.group_by_length=true"], 1),
@@ -124,12 +126,7 @@ def test_all_that_is_trained_is_the_same_in_two_processes(
         cases["all"] = ("bert", ["delta_type=full"], 1)
     jobs: list[tuple[Path, list[str]]] = []
     for name, (backbone, more, accumulated) in cases.items():
-        words = [
-            *backbones[backbone],
-            *(word for word in COMMON if word.split("=")[0] not in str(more)),
-            *more,
-            f"trainer.gradient_accumulation_steps={accumulated}",
-        ]
+        words = [*backbones[backbone], *COMMON, *more, f"trainer.gradient_accumulation_steps={accumulated}"]
         how = [f"trainer.sharding={sharding}"] if sharding else []
         jobs.append((tmp_path / f"{name} two", [*words, *batches(4 // accumulated), *how]))
         alone(tmp_path / f"{name} one", [*words, *batches(8 // accumulated, 8)])
