@@ -181,7 +181,8 @@ def shift_positions(module: nn.Module, args: tuple, kwargs: dict[str, Any], *, c
     positions = kwargs.get("position_ids")
     if positions is None:
         given: Any = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
-        cache: Any = kwargs.get("past_key_values")
+        # The second name is that of transformers before 5.24.
+        cache: Any = kwargs.get("cache", kwargs.get("past_key_values"))
         past = cache.get_seq_length() if cache is not None else 0
         positions = torch.arange(past, past + given.shape[1], device=given.device).unsqueeze(0)
     return (), {**kwargs, "position_ids": positions + count}

@@ -19,6 +19,8 @@ from torch import nn
 from deltaexp.errors import AddressingError, DeltaExpError
 
 POSITIONS = ("position_ids", "cache_position")
+CACHES = ("cache", "past_key_values", "cache_params")
+"""What models call the keys and values of tokens before: the first since transformers 5.24, the second until then."""
 """Inputs that count the tokens."""
 ZEROS = ("token_type_ids", "mm_token_type_ids", "global_attention_mask")
 """Inputs with one entry a token that are 0 for a soft token."""
@@ -196,7 +198,7 @@ def _embed(module: Any, ids: torch.Tensor) -> torch.Tensor:
 
 def _is_cached(kwargs: dict[str, Any]) -> bool:
     """Say whether a cache holds the beginning of the sequence, and with it the prompt."""
-    for key in ("past_key_values", "cache_params"):
+    for key in CACHES:
         cache = kwargs.get(key)
         if cache is None:
             continue

@@ -114,6 +114,7 @@ def test_widths_may_differ() -> None:
     assert delta_model.delta_tensors()["0.model.layers.0.self_attn.prefix.reparams.control_trans.2.bias"].shape == (96,)
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # as does its prefix
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
 @pytest.mark.parametrize("projection", [False, True], ids=["direct", "reparameterized"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
