@@ -47,7 +47,10 @@ KNOWN = {kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
 """What the PEFT that is installed has."""
 WITHOUT_MODULES = {"PROMPT_TUNING", "P_TUNING", "TRAINABLE_TOKENS"}
 quiet = pytest.mark.filterwarnings(
-    "ignore:.is_gradient_checkpointing:FutureWarning", "ignore::UserWarning:peft", "ignore:Unsupported layer type:UserWarning"
+    "ignore:.is_gradient_checkpointing:FutureWarning",
+    "ignore:.past_key_values:FutureWarning",
+    "ignore::UserWarning:peft",
+    "ignore:Unsupported layer type:UserWarning",
 )
 TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
 TARGETS = {

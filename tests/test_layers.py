@@ -11,7 +11,7 @@ ORDER = [
     {"errors", "lazy"},
     {"addressing", "hubclient"},
     {"registry"},
-    {"layout", "naming", "checksum"},
+    {"layout", "naming", "checksum", "quantised"},
     {"tree", "digest_cache", "manifest", "probe"},
     {"structure", "attention", "prompting"},
     {"targets"},
@@ -33,7 +33,10 @@ FENCES = {
     "hydra": {"lab/schema.py", "__main__.py"},
     "omegaconf": {"lab/schema.py", "__main__.py"},
     "wandb": {"lab/tracking.py"},
-    "datasets": {path.relative_to(PACKAGE).as_posix() for path in (PACKAGE / "lab" / "tasks").rglob("*.py")},
+    "datasets": {
+        *(path.relative_to(PACKAGE).as_posix() for path in (PACKAGE / "lab" / "tasks").rglob("*.py")),
+        *("lab/predicting.py", "lab/predictions.py", "lab/processes.py"),
+    },
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 

@@ -19,7 +19,9 @@ from deltaexp import AutoDeltaConfig, AutoDeltaModel, DeltaModel, HashCheck
 from deltaexp.deltas.peft import METHODS_ELSEWHERE
 from deltaexp.errors import AddressingError, ConfigError
 
-quiet = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning", "ignore::UserWarning:peft")
+quiet = pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing:FutureWarning", "ignore:.past_key_values:FutureWarning", "ignore::UserWarning:peft"
+)
 
 
 def hung(backbone: nn.Module, seed: int | None = None, **keys: object) -> DeltaModel:

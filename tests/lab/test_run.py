@@ -214,10 +214,10 @@ def test_the_cache_of_tokenised_data_is_used_again(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("DELTAEXP_CACHE", str(tmp_path / "cache"))
     go(tmp_path / "a", *DATES)
     made = sorted((tmp_path / "cache" / "tokenised").iterdir())
-    stamps = [path.stat().st_mtime_ns for path in made]
+    stamps = [(path / "dataset_dict.json").stat().st_mtime_ns for path in made]
     go(tmp_path / "b", *DATES, "delta_type=adapter")
     assert sorted((tmp_path / "cache" / "tokenised").iterdir()) == made
-    assert [path.stat().st_mtime_ns for path in made] == stamps
+    assert [(path / "dataset_dict.json").stat().st_mtime_ns for path in made] == stamps
     go(tmp_path / "c", *DATES, "task.data_seed=1")
     assert len(list((tmp_path / "cache" / "tokenised").iterdir())) == 2
     shutil.rmtree(tmp_path / "cache")
