@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import re
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from deltaexp.errors import DeltaExpError
-from deltaexp.lab import backbones
+from deltaexp.lab import blueprint
 from deltaexp.lab.config import RunConfig
-from deltaexp.lab.tasks.kinds import choose
 from deltaexp.structure import Rows, blocks, common_structure, linear_dims
 
 
@@ -28,14 +25,7 @@ def show(config: RunConfig, console: Console | None = None) -> None:
     console = console or Console(highlight=False)
     if not console.is_terminal:
         console = Console(file=console.file, highlight=False, width=160)  # a file is as wide as the table needs
-    settings = backbones.settings_of(config.backbone)
-    auto_class = choose(config.task, settings, config.backbone.name).auto_class()
-    try:
-        with torch.device("meta"):
-            backbone = auto_class.from_config(settings)
-    except (OSError, ValueError) as error:
-        raise DeltaExpError(f"No model can be made of the config of {config.backbone.source!r}: {error}") from error
-
+    backbone = blueprint.make(config.backbone, config.task).model
     modules = dict(backbone.named_modules())
     rows: dict[tuple[str, str, str], list[str]] = {}
     for name, roles in common_structure(backbone).items():
