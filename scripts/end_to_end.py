@@ -46,7 +46,8 @@ def run(folder: Path, *words: str) -> dict[str, Any]:
     """Make one run by the command line where it is not there yet; return its results."""
     results = folder / "delta" / "results.json"
     if not results.exists():
-        common = ["trainer.cpu=true", "trainer.progress=false", "task.save_predictions=true", f"hydra.run.dir={folder}"]
+        common = ["trainer.cpu=true", "trainer.progress=false", "trainer.evaluate_before=false"]
+        common += ["task.save_predictions=true", f"hydra.run.dir={folder}"]
         command = [sys.executable, "-m", "deltaexp", *words, *common, "resume=true"]
         print("+", " ".join(command), flush=True)
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -138,7 +139,7 @@ def main() -> None:
     wikitext += ["task.test_split=null", "task.validation_rows=500", f"task.max_source_length={LENGTH}"]
     check_wikitext("WikiText, bytes_gpt2", folder, run(folder, *full, *small, *wikitext), data, backbone)
     folder = out / "gsm8k"
-    gsm8k = ["task=gsm8k", f"task.data={data / 'gsm8k'}", "task.validation_rows=16", "task.test_rows=100"]
+    gsm8k = ["task=gsm8k", f"task.data={data / 'gsm8k'}", "task.validation_rows=8", "task.test_rows=50"]
     gsm8k += ["task.max_source_length=512", "task.max_target_length=400"]
     check_gsm8k("GSM8K, bytes_gpt2", folder, run(folder, *full, *small, *gsm8k))
 
