@@ -140,7 +140,7 @@ def main() -> None:
     check_wikitext("WikiText, bytes_gpt2", folder, run(folder, *full, *small, *wikitext), data, backbone)
     folder = out / "gsm8k"
     gsm8k = ["task=gsm8k", f"task.data={data / 'gsm8k'}", "task.validation_rows=8", "task.test_rows=50"]
-    gsm8k += ["task.max_source_length=512", "task.max_target_length=400"]
+    gsm8k += ["task.max_source_length=320", "task.max_target_length=192"]
     check_gsm8k("GSM8K, bytes_gpt2", folder, run(folder, *full, *small, *gsm8k))
 
 
