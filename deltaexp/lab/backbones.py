@@ -150,7 +150,7 @@ def _loaded(
     options |= quantisation.options(config, chosen, settings)
     try:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_without_report())
+            stack.enter_context(without_report())
             if config.quantization is None:
                 stack.enter_context(read_ahead(place, None if wanted == "auto" else wanted))
             model, info = chosen.from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True, **options)
@@ -348,7 +348,7 @@ def load_processor(config: BackboneConfig, place: str) -> Any:
         )
     options = {"revision": config.revision} if config.revision else {}
     try:
-        with _without_report():
+        with without_report():
             return transformers.AutoImageProcessor.from_pretrained(
                 place, backend="pil", trust_remote_code=config.trust_remote_code, **options
             )
@@ -357,7 +357,7 @@ def load_processor(config: BackboneConfig, place: str) -> Any:
 
 
 @contextlib.contextmanager
-def _without_report() -> Iterator[None]:
+def without_report() -> Iterator[None]:
     """Silence transformers' report of missing parameters: a run tells itself which are new, and trains them."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ import huggingface_hub
 import torch
 import transformers
 from torch import nn
-from transformers.utils import logging
 
 from deltaexp.errors import DeltaExpError
 from deltaexp.lab import backbones, quantisation, requirements
@@ -113,7 +110,7 @@ def _model(auto_class: Any, settings: Any, config: BackboneConfig, assumed: list
     elif config.attention:
         options["attn_implementation"] = config.attention
     try:
-        with torch.device("meta"), _quiet():
+        with torch.device("meta"), backbones.without_report():
             model = auto_class.from_config(settings, **options)
     except (OSError, ValueError, ImportError) as error:
         raise DeltaExpError(f"No model can be made of the config of {config.source!r}: {error}") from error
@@ -160,7 +157,7 @@ def _missing(model: nn.Module, settings: Any, saved_as: str | None) -> list[str]
     chosen = getattr(transformers, saved_as or "", None)
     if chosen is None:
         return None
-    with torch.device("meta"), _quiet():
+    with torch.device("meta"), backbones.without_report():
         saved = chosen(copy.deepcopy(settings))
 
     def plain(name: str, whole: Any) -> str:
@@ -176,13 +173,3 @@ def _outside(model: Any) -> list[str]:
     """Return the names of the parameters that a model has beside its base model's: its head."""
     inside = {id(parameter) for parameter in model.base_model.parameters()}
     return [name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) not in inside]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
