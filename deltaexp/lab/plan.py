@@ -281,7 +281,7 @@ def _targets(plan: Plan) -> Table | None:
 
 
 def _counts(plan: Plan) -> Table:
-    table = Table("parameters", *(), title="what is trained and saved")
+    table = Table("parameters", title="what is trained and saved")
     for which in COUNTED:
         table.add_column(which, justify="right")
     for part, numbers in plan.parts.items():

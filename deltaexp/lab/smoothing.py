@@ -9,8 +9,7 @@ from torch import nn
 from transformers.trainer_pt_utils import LabelSmoother
 
 from deltaexp.errors import ConfigError
-
-IGNORED = -100
+from deltaexp.lab.tasks.kinds.base import IGNORED
 
 
 class Smoother(LabelSmoother):

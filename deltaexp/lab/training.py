@@ -230,7 +230,6 @@ class DeltaTrainer(ParallelTrainer):
     def evaluate(self, eval_dataset: Any = None, *arguments: Any, **options: Any) -> dict[str, float]:
         """Measure one split by its features, the validation split where none are given."""
         features = self.eval_dataset if eval_dataset is None else eval_dataset
-        self._measured = next(split for split in self.splits.values() if split.features is features)
         self._begin(next(split for split in self.splits.values() if split.features is features))
         found = super().evaluate(eval_dataset, *arguments, **options)
         chosen, prefix = self.args.metric_for_best_model, options.get("metric_key_prefix", "eval")

@@ -24,8 +24,6 @@ from transformers import (
 )
 
 from deltaexp.__main__ import main
-from deltaexp.lab import schema
-from deltaexp.lab.run import run
 
 WORDS = ["a", "good", "fine", "great", "bad", "poor", "awful", "film", "plot", "the", "was"]
 
@@ -154,7 +152,7 @@ QUICK = ("trainer=smoke", "trainer.progress=false", "task.name=t", "task.max_sou
 
 
 def trained(folder: Path, backbone: Path, data: Path, *overrides: str) -> dict[str, Any]:
-    """Train a delta for three steps, load it as its card says, and return the run's results.
+    """Train a delta for three steps by the command line, load it as its card says, and return the run's results.
 
     Args:
         folder: Where the run goes.
@@ -163,19 +161,19 @@ def trained(folder: Path, backbone: Path, data: Path, *overrides: str) -> dict[s
         overrides: What is typed on the command line, beside the names of these.
     """
     words = ["backbone=local", "backbone.name=small", f"backbone.source={backbone}", f"task.data={data}", *QUICK, *overrides]
-    config, delta = schema.composed(words)
-    outcome = run(config, delta, folder)
-    results = read_results(outcome.folder)
+    assert main([*words, f"hydra.run.dir={folder}"]) == 0
+    delta = folder / "delta"
+    results = read_results(delta)
     assert results["verification"]["hash"] == "match"
     assert results["verification"]["max_logit_difference"] == 0.0
     metrics = results["metrics"]
     assert metrics["after"].keys() == metrics["before"].keys() >= {"loss", results["task_metric"]}
-    card = (outcome.folder / "README.md").read_text(encoding="utf-8")
+    card = (delta / "README.md").read_text(encoding="utf-8")
     code = card.split("```python\n")[1].split("```")[0]
     scope: dict[str, Any] = {}
-    exec(code.replace("PATH_OR_REPO", str(outcome.folder)).replace("FOLDER_OF_THE_BACKBONE", str(backbone)), scope)
+    exec(code.replace("PATH_OR_REPO", str(delta)).replace("FOLDER_OF_THE_BACKBONE", str(backbone)), scope)
     assert scope["delta_model"].hash_check.value == "match"
-    used_again(outcome.folder, data, results)
+    used_again(delta, data, results)
     return results
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -97,10 +97,22 @@ def _place(target: Any, choices: list[str], labels: list[str]) -> int | None:
     return place if 0 <= place < len(choices) else None
 
 
-class Choices(Kind):
-    """One of the answers in a row, by a head that scores each together with the question."""
+class Placed(Kind):
+    """What both forms do with the places of answers."""
 
-    usual_metrics = ("accuracy",)
+    usual_metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
+
+    def measure(self, answers: Sequence[Any], rows: Dataset) -> dict[str, float]:
+        """Return the metrics, by the answers' texts where the task names references."""
+        return super().measure(texts_of(answers, rows), rows)
+
+    def shown(self, answer: Any) -> Any:
+        """Return the answer's label, where the task has some."""
+        return self.task.labels[answer] if self.task.labels else answer
+
+
+class Choices(Placed):
+    """One of the answers in a row, by a head that scores each together with the question."""
 
     @classmethod
     def auto_class(cls) -> Any:
@@ -148,19 +160,10 @@ class Choices(Kind):
         """Return the place of the best answer of every row."""
         return [int(place) for place in np.argmax(predictions, axis=-1)]
 
-    def measure(self, answers: Sequence[Any], rows: Dataset) -> dict[str, float]:
-        """Return the metrics, by the answers' texts where the task names references."""
-        return super().measure(texts_of(answers, rows), rows)
 
-    def shown(self, answer: Any) -> Any:
-        """Return the answer's label, where the task has some."""
-        return self.task.labels[answer] if self.task.labels else answer
-
-
-class TextChoices(Ranking, Text):
+class TextChoices(Placed, Ranking, Text):
     """One of the answers in a row, the likeliest per token, by an encoder-decoder."""
 
-    usual_metrics = ("accuracy",)
     per_token = True
 
     @classmethod
@@ -176,14 +179,6 @@ class TextChoices(Ranking, Text):
     def candidates(self, batch: dict[str, list]) -> list[list[str]]:
         """Return the answers that each row has to choose from."""
         return batch["choices"]
-
-    def measure(self, answers: Sequence[Any], rows: Dataset) -> dict[str, float]:
-        """Return the metrics, by the answers' texts where the task names references."""
-        return super().measure(texts_of(answers, rows), rows)
-
-    def shown(self, answer: Any) -> Any:
-        """Return the answer's label, where the task has some."""
-        return self.task.labels[answer] if self.task.labels else answer
 
 
 class DecoderChoices(TextChoices, DecoderText):
