@@ -9,9 +9,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+from browser import chromium, new_page
 from hub_fixtures import hub, hub_client
 
-__all__ = ["hub", "hub_client"]
+__all__ = ["chromium", "hub", "hub_client", "new_page"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
