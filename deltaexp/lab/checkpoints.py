@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deltaexp.checksum import file_sha256
-from deltaexp.lab.recovery import sync
+from deltaexp.lab.writing import sync
 
 RandomState = tuple[dict[str, torch.Tensor], dict[str, Any]]
 PREFIX = "checkpoint-"

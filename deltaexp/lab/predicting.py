@@ -24,11 +24,12 @@ from deltaexp.lab import backbones, predictions, reading, taskconfig
 from deltaexp.lab.evaluating import attached, fetched, loaded, trainer_for
 from deltaexp.lab.reading import Row
 from deltaexp.lab.recorded import Recorded
-from deltaexp.lab.recovery import StoppedByKeyboard, disk_fault, sync
+from deltaexp.lab.recovery import StoppedByKeyboard, disk_fault
 from deltaexp.lab.taskconfig import TaskConfig
 from deltaexp.lab.tasks.columns import Spec, function, value_of
 from deltaexp.lab.tasks.kinds import Kind, choose
 from deltaexp.lab.training import DeltaTrainer
+from deltaexp.lab.writing import sync
 
 PARTIAL = ".partial"
 """What the name of an output ends in until it is complete; beside it lies what it is made with."""

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from datasets import Dataset
 
-from deltaexp.lab.recovery import sync
 from deltaexp.lab.tasks.kinds import Kind
+from deltaexp.lab.writing import write_whole
 
 PREDICTIONS = "predictions.jsonl"
 METRICS_ONLY = ("target", "references", "group")
@@ -84,20 +82,3 @@ def write_lines(path: Path, texts: Iterable[str]) -> None:
             file.write(text + "\n")
 
     write_whole(path, fill)
-
-
-def write_whole(path: Path, fill: Callable[[IO[str]], None]) -> None:
-    """Write a text file, all of it or nothing; its folder is made if it is not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, stage = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            fill(file)
-            file.flush()
-            os.fsync(handle)
-        Path(stage).chmod(0o644)
-        os.replace(stage, path)
-    except BaseException:
-        Path(stage).unlink(missing_ok=True)
-        raise
-    sync(path.parent)

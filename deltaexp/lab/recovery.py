@@ -11,10 +11,8 @@ import dataclasses
 import errno
 import hashlib
 import json
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -27,6 +25,7 @@ from filelock import FileLock, Timeout
 from deltaexp import __version__
 from deltaexp.errors import CheckpointError, DeltaExpError, InterruptedRunError, RunError, listing
 from deltaexp.lab.config import RunConfig
+from deltaexp.lab.writing import write_whole
 from deltaexp.registry import DeltaConfig
 
 RECORD, LOCK, DELTA, CHECKPOINTS = "run.json", ".run.lock", "delta", "checkpoints"
@@ -66,18 +65,9 @@ class Record:
 
     def write(self, folder: Path) -> None:
         """Write ``run.json``, all of it or nothing."""
-        text = json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2, sort_keys=True, ensure_ascii=False)
-        handle, stage = tempfile.mkstemp(prefix=f".{RECORD}.", dir=folder)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text + "\n")
-                file.flush()
-                os.fsync(handle)
-            Path(stage).chmod(0o644)
-            os.replace(stage, folder / RECORD)
-        except BaseException:
-            Path(stage).unlink(missing_ok=True)
-            raise
+        values = {"format": FORMAT, **dataclasses.asdict(self)}
+        text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        write_whole(folder / RECORD, lambda file: file.write(text))
 
     @classmethod
     def read(cls, folder: Path) -> Record | None:
@@ -234,17 +224,6 @@ def _that_matter(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _versions() -> dict[str, str]:
     packages = ("torch", "transformers", "tokenizers", "safetensors")
     return {"deltaexp": __version__, **{package: version(package) for package in packages}}
-
-
-def sync(path: Path) -> None:
-    """Have a file, or the names in a folder, written to the disk itself."""
-    if path.is_dir() and os.name == "nt":
-        return  # folders cannot be opened there
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows syncs only what may be written
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class StoppedByKeyboard(KeyboardInterrupt):

@@ -37,6 +37,7 @@ from deltaexp.lab import (
     telling,
     tracking,
     training,
+    writing,
 )
 from deltaexp.lab.checkpoints import Checkpoints
 from deltaexp.lab.config import RunConfig, completed
@@ -258,7 +259,7 @@ def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, 
         }
         checkpoint.add_files(stage, files)
         os.replace(stage, target)
-        recovery.sync(folder)
+        writing.sync(folder)
         _tidy(config, folder)
 
         # 11. Push if asked; the local delta is complete whatever the Hub says.
