@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--rate", type=float, required=True)
     parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     task = schema.composed([f"task={chosen.task}", "backbone=minilm"])[0].task
@@ -79,9 +80,9 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            output_dir=folder, max_steps=chosen.steps, per_device_train_batch_size=16, per_device_eval_batch_size=64,
+            output_dir=folder, max_steps=chosen.steps, per_device_train_batch_size=32, per_device_eval_batch_size=64,
             learning_rate=chosen.rate, lr_scheduler_type="linear", warmup_steps=round(0.06 * chosen.steps), bf16=True,
-            use_cpu=True, train_sampling_strategy="group_by_length", seed=chosen.seed, data_seed=chosen.seed,
+            use_cpu=chosen.device == "cpu", train_sampling_strategy="group_by_length", seed=chosen.seed, data_seed=chosen.seed,
             save_strategy="no", report_to="none", disable_tqdm=True, dataloader_pin_memory=False, logging_steps=25,
         )  # fmt: skip
         pad = DataCollatorWithPadding(tokenizer)

@@ -6,7 +6,8 @@ the config allows. Its resident memory at the peak of training, above what it wa
 with what the command says.
 
 glibc's allocator holds more than PyTorch asks for: it cannot use all of what was freed again. The comparison is with a process
-in which every tensor is returned to the system (MALLOC_MMAP_THRESHOLD_); ``--glibc`` measures the other as well.
+in which every tensor is returned to the system (MALLOC_MMAP_THRESHOLD_); ``--glibc`` measures the other as well. With
+``--device cuda`` it is what PyTorch's tensors hold on the GPU at the peak.
 
     python scripts/plan_accuracy.py                        all twelve, a few minutes
     python scripts/plan_accuracy.py --types prefix --backbones encoder --json FILE
@@ -65,21 +66,24 @@ def prepare(folder: Path) -> None:
             (data / f"{split}.jsonl").symlink_to(folder / f"{split}.jsonl")
 
 
-def words(folder: Path, backbone: str, delta_type: str) -> list[str]:
+def words(folder: Path, backbone: str, delta_type: str, device: str, precision: str) -> list[str]:
     """Return the overrides of a run."""
     return [
+        *(["trainer.cpu=true"] if device == "cpu" else []), f"trainer.precision={precision}",
         f"delta_type={delta_type}",
         "backbone=local", f"backbone.source={folder / backbone}", f"backbone.name={backbone}", "backbone.tokenizer=byt5",
         f"task={'sst2' if backbone == 'encoder' else 'dates'}", f"task.data={folder / f'{backbone}-data'}",
         "task.train_rows=64", "task.validation_rows=4", "task.test_rows=null",
         f"task.max_source_length={LENGTH if backbone != 'decoder' else LENGTH - TARGET}", f"task.max_target_length={TARGET}",
         f"trainer.batch_size={ROWS}", "trainer.eval_batch_size=1", f"trainer.max_steps={STEPS}", "trainer.save_every=0",
-        "trainer.cpu=true", "trainer.precision=fp32", "trainer.progress=false",
+        "trainer.progress=false",
     ]  # fmt: skip
 
 
 def train(overrides: list[str]) -> None:
     """Train as a run does, and print the bytes at the peak; in a process of its own."""
+    import torch
+
     from deltaexp import AutoDeltaModel
     from deltaexp.lab import backbones, schema, training
     from deltaexp.lab import memory as measured
@@ -99,9 +103,11 @@ def train(overrides: list[str]) -> None:
     with tempfile.TemporaryDirectory() as place:
         saved = Checkpoints(Path(place), 0)
         trainer = training.build(config.trainer, delta_model, kind, splits, saved, {"data": 0, "dropout": 0}, [])
-        measured.CLEAR.write_text("5")  # the high-water mark begins here
+        if config.trainer.cpu:
+            measured.CLEAR.write_text("5")  # the high-water mark begins here
         trainer.train_from(None)
-    print(json.dumps({"peak": measured._status("VmHWM") - before}))
+    peak = measured._status("VmHWM") - before if config.trainer.cpu else torch.cuda.max_memory_allocated()
+    print(json.dumps({"peak": peak}))
 
 
 def answer(command: list[str], **environment: str) -> Any:
@@ -119,6 +125,8 @@ def main() -> int:
     parser.add_argument("--types", nargs="+", default=list(TYPES))
     parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=list(BACKBONES))
     parser.add_argument("--glibc", action="store_true", help="measure with glibc's own settings as well")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--train", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -139,8 +147,9 @@ def main() -> int:
         )
         for backbone in options.backbones:
             for delta_type in options.types:
-                overrides = words(folder, backbone, delta_type)
-                planned = sum(plan.make(*schema.composed(overrides)).memory["cpu"].training.values())
+                overrides = words(folder, backbone, delta_type, options.device, options.precision)
+                memory = plan.make(*schema.composed(overrides)).memory
+                planned = sum(memory["cpu" if options.device == "cpu" else "gpu"].training.values())
                 command = [str(Path(__file__).resolve()), "--train", *overrides]
                 peak = answer(command, MALLOC_MMAP_THRESHOLD_="131072")["peak"]
                 glibc = answer(command)["peak"] if options.glibc else None
