@@ -1,0 +1,109 @@
+"""Times of steps that are taken in turns, and the bytes that a step saves for its backward pass."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def seconds(step: Callable[[], Any], device: str) -> float:
+    """Return how long a step takes: by the clock, or on a GPU between two of its events."""
+    if device == "cpu":
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    before.record()
+    step()
+    after.record()
+    torch.cuda.synchronize()
+    return before.elapsed_time(after) / 1000
+
+
+def in_turns(
+    steps: Mapping[str, Callable[[], Any]], device: str, limit: float, rounds: int, progress: Callable[[], None]
+) -> dict[str, list[float]]:
+    """Take every step once in each round and return their times, one a round.
+
+    The order is turned around from round to round (ABC, CBA, ...), so that what one leaves in the caches, and what slows the
+    machine for a while, falls on all.
+
+    Args:
+        steps: What is measured; each has been taken before.
+        device: Where.
+        limit: Seconds after which no round is begun, once there were three.
+        rounds: The most rounds.
+        progress: Called after every round.
+    """
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    begun = time.monotonic()
+    for number in range(rounds):
+        if number >= 3 and time.monotonic() - begun > limit:
+            break
+        for name in list(steps)[:: 1 if number % 2 == 0 else -1]:
+            times[name].append(seconds(steps[name], device))
+        progress()
+    return times
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Return median, quartiles and minimum."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    return {"median": middle, "q1": low, "q3": high, "min": min(values)}
+
+
+def ratio(one: Sequence[float], other: Sequence[float]) -> dict[str, float]:
+    """Return the summary of the ratios of two steps' times, round by round."""
+    return summary([a / b for a, b in zip(one, other, strict=True)])
+
+
+def saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
+    """Return the bytes that a forward pass keeps for the backward pass: each storage once, no parameters and buffers."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.layout is torch.strided:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage  # holding it keeps its address from being given to another
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()
+    del output
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def flops(step: Callable[[], Any]) -> int:
+    """Return the floating-point operations of a step's matrix products and attention."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def peaks(device: str, dtypes: Sequence[torch.dtype]) -> dict[str, float]:
+    """Measure what the machine can do: FLOP/s of a large matrix product per dtype, and bytes/s of a copy."""
+    size = 1024 if device == "cpu" else 8192
+    result = {}
+    for dtype in dtypes:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        best = min(seconds(lambda a=a, b=b: a @ b, device) for _ in range(8))
+        result[str(dtype).removeprefix("torch.")] = 2 * size**3 / best
+    source = torch.empty(2**26 if device == "cpu" else 2**30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    best = min(seconds(lambda: target.copy_(source), device) for _ in range(8))
+    return {**result, "copy": 2 * source.numel() / best}
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """Return the geometric mean."""
+    return math.exp(statistics.fmean(math.log(value) for value in values))

@@ -1,0 +1,164 @@
+"""Measure training steps and inference with deltas: full fine-tuning, the frozen limit, PEFT, and deltaexp, in turns.
+
+    python scripts/bench/run.py [--device cuda] [--shapes minilm,llama] [--groups training] [--seconds 300] [--out DIR]
+
+The frozen limit is the forward pass and the gradient with respect to the activations, without that of any weight: what is left
+when a delta costs nothing. A step is a forward and a backward pass, without the optimizer; everyone's head is frozen. All
+contenders of a group are timed in turns within one process, and ratios are taken round by round, so that they hold on a busy
+machine, where the times themselves do not. Saved bytes are those of the tensors that wait for the backward pass, each storage
+once, parameters not counted.
+
+Writes ``results.json``, ``results.txt`` and, where matplotlib is installed, ``results.png`` to ``--out``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from contenders import Contender, Group, Prepared, groups
+from measure import flops, in_turns, peaks, ratio, saved_bytes, summary
+from report import plot, show, targets
+from rich.console import Console
+from rich.progress import Progress
+from shapes import SHAPES, Backbones
+
+import deltaexp
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
+    parser.add_argument("--shapes", help=f"of {', '.join(SHAPES)}; by default minilm,llama, on a GPU llama-1b too")
+    parser.add_argument("--groups", default="", help="only groups of contenders the name of which contains this")
+    parser.add_argument(
+        "--only", default="", help="only contenders the name of which contains this, and what they are compared with"
+    )
+    parser.add_argument("--seconds", type=float, help="for all measuring together; by default 600, on a GPU 45")
+    parser.add_argument("--rounds", type=int, default=200, help="the most rounds of a group")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the CPU")
+    parser.add_argument("--tf32", action="store_true", help="let float32 products be computed in TF32 on a GPU")
+    parser.add_argument("--out", type=Path, default=Path("outputs/bench"))
+    return parser.parse_args()
+
+
+def machine(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what the figures depend on."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text().splitlines()
+        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
+    found = {
+        "device": options.device,
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": options.threads,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "deltaexp": deltaexp.__version__,
+        "python": platform.python_version(),
+    }
+    if options.device != "cpu":
+        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "tf32": options.tf32}
+    return found
+
+
+def measured(
+    group: Group, backbones: Backbones, seconds: float, options: argparse.Namespace, progress: Progress
+) -> dict[str, Any]:
+    """Measure a group: per contender the times, and against another one their ratios."""
+    name = f"{backbones.shape.name}: {group.name}"
+    task = progress.add_task(name, total=None)
+    ready: dict[str, tuple[Contender, Prepared]] = {}
+    failed: dict[str, str] = {}
+    chosen = [one for one in group.contenders if options.only in one.name or one.name == group.against]
+    for one in chosen:
+        try:
+            made = one.make(backbones)
+            for _ in range(2):
+                made.step()
+        except Exception as error:  # a contender that another version of a library has not is no reason to measure none
+            failed[one.name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            continue
+        ready[one.name] = one, made
+    steps = {key: made.step for key, (_, made) in ready.items()}
+    gc.collect()
+    gc.disable()
+    times = in_turns(steps, options.device, seconds, options.rounds, lambda: progress.advance(task))
+    gc.enable()
+    base = times[group.against]
+    result = {}
+    for key, (one, made) in ready.items():
+        result[key] = {
+            "library": one.library,
+            "method": one.method,
+            "precision": one.precision,
+            "seconds": summary(times[key]),
+            "ratio": ratio(times[key], base),
+            "times": [round(value, 6) for value in times[key]],
+        }
+        if group.training:
+            result[key]["saved_bytes"] = saved_bytes(made.model, made.forward)
+            trained = sum(parameter.numel() for parameter in made.model.parameters() if parameter.requires_grad)
+            result[key]["trained_parameters"] = trained
+    counted = flops(ready[group.against][1].step)
+    progress.remove_task(task)
+    return {"against": group.against, "training": group.training, "contenders": result, "failed": failed, "flops": counted}
+
+
+def main() -> None:
+    options = arguments()
+    cuda = options.device != "cpu"
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(options.threads)
+    torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
+    begun = time.monotonic()
+    console = Console(width=150, record=True)
+    names = (options.shapes or ("minilm,llama,llama-1b" if cuda else "minilm,llama")).split(",")
+    chosen = [
+        (shape, group) for shape in names for group in groups(SHAPES[shape], options.device) if options.groups in group.name
+    ]
+    total = options.seconds or (45 if cuda else 600)
+    weight = sum(len(group.contenders) for _, group in chosen)
+    results: dict[str, Any] = {
+        "machine": machine(options),
+        "peaks": peaks(options.device, [torch.float32, torch.bfloat16]),
+        "shapes": {},
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        for name in names:
+            backbones = Backbones(SHAPES[name], options.device)
+            for group in (group for shape, group in chosen if shape == name):
+                seconds = total * len(group.contenders) / weight
+                found = measured(group, backbones, seconds, options, progress)
+                results["shapes"].setdefault(name, {})[group.name] = found
+                show(console, name, group.name, found, results["peaks"])
+                gc.collect()
+                if cuda:
+                    torch.cuda.empty_cache()
+    results["targets"] = targets(results)
+    results["wall_seconds"] = round(time.monotonic() - begun, 1)
+    for line in results["targets"]:
+        console.print(line["text"], style="green" if line["met"] else "red", highlight=False)
+    (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    console.save_text(str(options.out / "results.txt"))
+    plot(results, options.out / "results.png")
+    print(f"Written to {options.out} after {results['wall_seconds']} s.")
+
+
+if __name__ == "__main__":
+    main()

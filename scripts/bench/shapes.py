@@ -1,0 +1,105 @@
+"""The backbones that are measured: real architectures at small sizes with random weights, and a batch for each."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A backbone with its batch, and what its modules are called."""
+
+    name: str
+    build: Callable[[str], nn.Module]
+    """Makes the backbone, given the attention function."""
+    rows: int
+    tokens: int
+    vocabulary: int
+    classes: int
+    """Number of classes of the labels; 0 for a language model, the labels of which are its tokens."""
+    query_value: tuple[str, ...]
+    linears: tuple[str, ...]
+    """The linear maps of the blocks."""
+    first_block: str
+
+    def batch(self, device: str) -> dict[str, torch.Tensor]:
+        """Return a batch with labels, the same every time."""
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.randint(3, self.vocabulary, (self.rows, self.tokens), generator=generator)
+        labels = torch.randint(0, self.classes, (self.rows,), generator=generator) if self.classes else ids
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _minilm(attention: str) -> nn.Module:
+    config = BertConfig(
+        hidden_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=12,
+        intermediate_size=1536,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        num_labels=2,
+        attn_implementation=attention,
+    )
+    return BertForSequenceClassification(config)
+
+
+def _llama(hidden: int, layers: int, heads: int, key_heads: int, feed_forward: int, vocabulary: int) -> Callable:
+    def build(attention: str) -> nn.Module:
+        config = LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=key_heads,
+            intermediate_size=feed_forward,
+            use_cache=False,
+            pad_token_id=0,
+            attn_implementation=attention,
+        )
+        return LlamaForCausalLM(config)
+
+    return build
+
+
+_BERT_LINEARS = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "[r]layer\\.\\d+\\.output\\.dense")
+_BERT = (("query", "value"), _BERT_LINEARS, "bert.encoder.layer.0")
+_LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_LLAMA = (("q_proj", "v_proj"), _LLAMA_LINEARS, "model.layers.0")
+
+SHAPES = {
+    "minilm": Shape("minilm", _minilm, 32, 64, 30522, 2, *_BERT),
+    "llama": Shape("llama", _llama(512, 8, 8, 4, 1408, 8192), 8, 128, 8192, 0, *_LLAMA),
+    "tiny": Shape("tiny", _llama(32, 2, 4, 2, 48, 64), 4, 8, 64, 0, *_LLAMA),  # for trying out
+    # Large enough that a GPU is busy: 1.1 billion parameters.
+    "llama-1b": Shape("llama-1b", _llama(2048, 16, 32, 8, 8192, 32000), 4, 512, 32000, 0, *_LLAMA),
+}
+
+
+class Backbones:
+    """Makes backbones of one shape that share their weights, so that many fit into memory."""
+
+    def __init__(self, shape: Shape, device: str) -> None:
+        self.shape, self.device = shape, device
+        self._made: dict[tuple[str, torch.dtype], nn.Module] = {}
+
+    def get(self, dtype: torch.dtype = torch.float32, attention: str = "sdpa", own: bool = False) -> Any:
+        """Return a backbone, frozen; ``own``: with weights of its own, trainable."""
+        key = "weights", dtype
+        if key not in self._made:
+            torch.manual_seed(0)
+            with torch.device(self.device):
+                self._made[key] = self.shape.build("sdpa").to(dtype).train().requires_grad_(False)
+        first = self._made[key]
+        kept = {} if own else {id(tensor): tensor for tensor in (*first.parameters(), *first.buffers())}
+        made: Any = copy.deepcopy(first, kept)
+        made.set_attn_implementation(attention)
+        return made.requires_grad_(True) if own else made
