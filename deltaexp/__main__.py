@@ -9,7 +9,6 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from deltaexp import __version__, commands
@@ -72,9 +71,10 @@ def _run(words: list[str]) -> int:
     from omegaconf import DictConfig, OmegaConf
 
     from deltaexp.lab import recovery, schema
+    from deltaexp.lab.sweeping import grid, sweep
 
     options = get_args_parser().parse_args(words)
-    search_path = [options.config_dir] if options.config_dir else []
+    search_path = [os.path.abspath(options.config_dir)] if options.config_dir else []
     if not OmegaConf.has_resolver("short_id"):
         OmegaConf.register_new_resolver("short_id", lambda: os.urandom(3).hex(), use_cache=True)
     if not (options.hydra_help or options.info or options.shell_completion):
@@ -84,12 +84,14 @@ def _run(words: list[str]) -> int:
                 "torchrun, or the sweep without it."
             )
         if options.multirun:
-            schema.check_sweep(options.overrides, search_path)
-            _check_resumed_sweep(schema.parse(options.overrides))
+            told = grid.words_for_hydra(options.overrides)
+            grid.plan(tuple(told), tuple(search_path))
+            words = [*(word for word in words if word not in options.overrides), *told]
         else:
             if any(override.is_sweep_override() for override in schema.parse(options.overrides)):
                 raise ConfigError("Several values for one key are a sweep: add -m, e.g. deltaexp -m delta_type=lora,adapter.")
             composed = schema.composed(options.overrides, search_path)
+            schema.check_single(options.overrides, composed[0], search_path)
             if not options.cfg:
                 processes.check(composed[0].trainer.sharding)
             if not processes.is_main():
@@ -99,22 +101,17 @@ def _run(words: list[str]) -> int:
 
     if not processes.is_main():
         return 0  # the first process shows what Hydra has to say
-    sweeps: set[str] = set()
 
-    def job(cfg: DictConfig) -> float | None:
+    def single(cfg: DictConfig) -> float | None:
         from hydra.core.hydra_config import HydraConfig
 
         run_config, delta_config = schema.split(cfg)
         hydra_config = HydraConfig.get()
-        if options.multirun:
-            print(f"\n=== job {hydra_config.job.num}: {hydra_config.job.override_dirname or 'defaults'} ===", flush=True)
-            sweeps.add(hydra_config.sweep.dir)
         guard_logs()  # the handlers are Hydra's, made for this job
         folder = hydra_config.runtime.output_dir
         from deltaexp.lab.run import run  # torch and transformers are imported here, not earlier
 
-        place = [f"hydra.sweep.dir={_quoted(hydra_config.sweep.dir)}"] if options.multirun else []
-        again = " ".join(["python -m deltaexp", shlex.join(_with(words, options.overrides, [*place, "resume=true"]))])
+        again = " ".join(["python -m deltaexp", shlex.join(_with(words, options.overrides, ["resume=true"]))])
         score = run(run_config, delta_config, folder, again=again).score
         processes.finish()
         return score
@@ -124,7 +121,8 @@ def _run(words: list[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     previous, sys.argv = sys.argv, ["deltaexp", *schema.spelled_out(words)]
     try:
-        hydra.main(config_path=str(schema.config_dir()), config_name="config", version_base="1.3")(job)()
+        task = sweep.task if options.multirun else single
+        hydra.main(config_path=str(schema.config_dir()), config_name="config", version_base="1.3")(task)()
     except OSError as error:  # Hydra writes too, before a run begins
         fault = recovery.disk_fault(error)
         if fault is None:
@@ -132,10 +130,6 @@ def _run(words: list[str]) -> int:
         raise InterruptedRunError(f"The run could not begin: {fault}. Make room, or name another folder.") from error
     finally:
         sys.argv = previous
-    if sweeps:
-        from deltaexp.lab import comparison
-
-        print(f"written to {comparison.show(sweeps.pop())}")
     return 0
 
 
@@ -163,19 +157,6 @@ def _resumed(words: list[str], overrides: list[str], composed: tuple[Any, Any], 
     what = "is done already" if finished else "is continued"
     print(f"The run in {str(folder)!r} {what}.", flush=True)
     return _with(words, overrides, [f"hydra.run.dir={_quoted(str(folder))}"])
-
-
-def _check_resumed_sweep(overrides: Sequence[Any]) -> None:
-    """Check that a sweep which is to be continued says where it lies.
-
-    Raises:
-        ConfigError: If it does not; the message names the newest.
-    """
-    values = {override.key_or_group: override.value() for override in overrides}
-    if values.get("resume") is True and "hydra.sweep.dir" not in values:
-        folders = sorted(path for path in Path("outputs", "multirun").glob("*") if path.is_dir())
-        newest = f" The newest is hydra.sweep.dir={_quoted(str(folders[-1]))}." if folders else ""
-        raise ConfigError(f"To continue a sweep, name its folder: hydra.sweep.dir=FOLDER resume=true.{newest}")
 
 
 def _with(words: Sequence[str], overrides: Sequence[str], more: Sequence[str]) -> list[str]:

@@ -100,6 +100,14 @@ class InterruptedRunError(RunError):
     """A run stopped before it was done, for want of disk or memory; the message says what is kept and how to go on."""
 
 
+class RunningElsewhereError(RunError):
+    """Another process is at work on the run."""
+
+
+class SweepError(DeltaExpError):
+    """Some jobs of a sweep failed; the message says which and why."""
+
+
 class HubError(DeltaExpError):
     """The Hugging Face Hub cannot be reached, or refuses what was asked of it; secrets in what it says are left out."""
 

@@ -30,8 +30,8 @@ ORDER = [
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 FENCES = {
-    "hydra": {"lab/schema.py", "__main__.py"},
-    "omegaconf": {"lab/schema.py", "__main__.py"},
+    "hydra": {"lab/schema.py", "lab/sweeping/grid.py", "lab/sweeping/sweep.py", "__main__.py"},
+    "omegaconf": {"lab/schema.py", "lab/sweeping/grid.py", "lab/sweeping/sweep.py", "__main__.py"},
     "wandb": {"lab/tracking.py"},
     "datasets": {
         *(path.relative_to(PACKAGE).as_posix() for path in (PACKAGE / "lab" / "tasks").rglob("*.py")),

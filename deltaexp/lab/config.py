@@ -7,6 +7,7 @@ differs from the defaults here. Nothing in this module imports torch or Hydra.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Optional
@@ -185,11 +186,23 @@ class TrackerConfig:
 
 
 @dataclass
+class SweepConfig:
+    """A sweep (``-m``), of which this run is a job."""
+
+    name: Optional[str] = None
+    """What its folder below ``outputs/multirun`` begins with; null takes the experiment's name."""
+
+
+@dataclass
 class RunConfig:
     """A whole run, apart from the keys of its delta type."""
 
     resume: bool = False
     """Continue the newest run of the same config that was interrupted; the result is the one of an uninterrupted run."""
+    retry: bool = False
+    """In a sweep: try jobs again that failed, from their last checkpoints."""
+    fail_fast: bool = False
+    """In a sweep: begin no further job once one has failed."""
     seed: int = 42
     """The seed that all seeds of `seeds` default to."""
     seeds: SeedsConfig = field(default_factory=SeedsConfig)
@@ -198,6 +211,7 @@ class RunConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     hub: HubConfig = field(default_factory=HubConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
     def resolved_seeds(self) -> dict[str, int]:
         """Return the seed of every purpose."""
@@ -265,6 +279,8 @@ def check(run: RunConfig) -> None:
     if run.trainer.group_by_length and run.task.kind == "image_classification":
         raise ConfigError("trainer.group_by_length=true puts texts of similar length into a batch, and images have none.")
     check_trainer(run.trainer)
+    if run.sweep.name is not None and not re.fullmatch(r"[\w.-]+", run.sweep.name):
+        raise ConfigError(f"sweep.name is {run.sweep.name!r}; it becomes a folder's name: letters, digits and _ . - only.")
     if run.tracker.mode not in (None, *WANDB_MODES):
         raise ConfigError(unknown("tracker.mode", run.tracker.mode, WANDB_MODES))
     check_hub(run)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
+import inspect
 import json
 import re
 import shutil
@@ -22,8 +24,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from deltaexp import __version__
-from deltaexp.errors import CheckpointError, DeltaExpError, InterruptedRunError, RunError, listing
+import deltaexp
+from deltaexp import __version__, registry
+from deltaexp.errors import CheckpointError, DeltaExpError, InterruptedRunError, RunError, RunningElsewhereError, listing
 from deltaexp.lab.config import RunConfig
 from deltaexp.lab.writing import write_whole
 from deltaexp.registry import DeltaConfig
@@ -31,11 +34,13 @@ from deltaexp.registry import DeltaConfig
 RECORD, LOCK, DELTA, CHECKPOINTS = "run.json", ".run.lock", "delta", "checkpoints"
 FORMAT = 1
 NO_MATTER = (
-    "hub", "tracker", "resume", "task.dataset", "task.language", "task.save_predictions",
+    "hub", "tracker", "task.dataset", "task.language", "task.save_predictions",
     "trainer.progress", "trainer.save_every",
     "trainer.evaluate_before", "trainer.keep_checkpoints", "trainer.log_every",
 )  # fmt: skip
 """Keys and sections that the trained delta does not depend on; a run may be continued with others."""
+HOW_TO_GO_ON = ("resume", "retry", "fail_fast", "sweep")
+"""Keys and sections that are about starting runs, and no part of a run's own config."""
 NO_ROOM = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota of the disk is used up"}
 NO_ROOM |= {errno.EFBIG: "a file would be larger than this process may write"}
 NO_ROOM |= {errno.EROFS: "the disk may only be read", errno.EIO: "the disk reports a fault"}
@@ -61,7 +66,7 @@ class Record:
     @property
     def fingerprint(self) -> str:
         """A digest of all in the config that the trained delta depends on."""
-        return hashlib.sha256(json.dumps(_that_matter(self.config), sort_keys=True).encode()).hexdigest()
+        return _digest(_that_matter(self.config))
 
     def write(self, folder: Path) -> None:
         """Write ``run.json``, all of it or nothing."""
@@ -108,10 +113,37 @@ class Claim:
 
 
 def describe(config: RunConfig, delta_config: DeltaConfig) -> dict[str, Any]:
-    """Return the whole config of a run as a flat dict for JSON; whether it was continued is no part of it."""
+    """Return the whole config of a run as a flat dict for JSON; how it is continued, or swept, is no part of it."""
     values = {**dataclasses.asdict(config), **delta_config.to_dict()}
-    del values["resume"]
+    for name in HOW_TO_GO_ON:
+        del values[name]
     return json.loads(json.dumps(values))
+
+
+def identity(config: Mapping[str, Any]) -> str:
+    """Return what tells a run from all others: a sha256 of all that its delta depends on in the config, and of the code.
+
+    Args:
+        config: What `describe` returned.
+    """
+    return _digest({"config": _that_matter(config), "code": code_version(config["delta_type"])})
+
+
+def code_version(delta_type: str) -> str:
+    """Return deltaexp's version with a digest of its source, and of the file of a delta type that is another package's."""
+    return f"{__version__}+{_source_digest(delta_type)[:16]}"
+
+
+@functools.cache
+def _source_digest(delta_type: str) -> str:
+    package = Path(deltaexp.__file__).parent
+    own = Path(inspect.getfile(registry.get(delta_type)))
+    files = {path.relative_to(package).as_posix(): path for path in package.rglob("*.py")} | {own.name: own}
+    return _digest({name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()})
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager
@@ -165,7 +197,7 @@ def _lock(folder: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise RunError(
+        raise RunningElsewhereError(
             f"The run in {str(folder)!r} is still going on, in another process. Wait for it, or start another run elsewhere."
         ) from None
     except NotImplementedError:  # a file system without locks
@@ -175,6 +207,17 @@ def _lock(folder: Path) -> Iterator[None]:
     finally:
         if held:
             lock.release()
+
+
+def busy(folder: Path) -> bool:
+    """Say whether a process is at work on the run in a folder."""
+    if not (folder / LOCK).exists():
+        return False
+    try:
+        with _lock(folder):
+            return False
+    except RunningElsewhereError:
+        return True
 
 
 def find(parent: Path, config: dict[str, Any]) -> tuple[Path | None, bool]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
-import itertools
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import make_dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -100,19 +102,58 @@ def composed(overrides: Sequence[str], search_path: Sequence[str] = ()) -> tuple
     """
     register_schemas(search_path)
     check_keys(parse(overrides), search_path)
-    return split(_compose(overrides, search_path))
+    return split(compose_root(overrides, search_path))
+
+
+def check_single(overrides: Sequence[str], run: RunConfig, search_path: Sequence[str] = ()) -> None:
+    """Check that nothing is asked for that a single run would leave out.
+
+    Raises:
+        ConfigError: If the experiment is a sweep, or a key is for sweeps.
+    """
+    for name in ("retry", "fail_fast"):
+        if getattr(run, name):
+            raise ConfigError(f"{name}=true is for sweeps: add -m, or leave it out.")
+    experiment = next((o.value() for o in parse(overrides) if o.key_or_group == "experiment"), None)
+    if experiment is not None:
+        params = compose_root(overrides, search_path, return_hydra_config=True).hydra.sweeper.get("params")
+        if params:
+            values = listing(f"{key}={value}" for key, value in params.items())
+            raise ConfigError(f"experiment={experiment} is a sweep, over {values}: add -m to run it.")
 
 
 def run_folder(overrides: Sequence[str], search_path: Sequence[str] = ()) -> Path:
     """Return the folder that a new run with these overrides would be given."""
-    cfg = _compose(overrides, search_path, return_hydra_config=True)
+    cfg = compose_root(overrides, search_path, return_hydra_config=True)
     return Path(OmegaConf.to_container(cfg.hydra.run, resolve=True)["dir"])  # type: ignore[index,call-overload]
 
 
-def _compose(overrides: Sequence[str], search_path: Sequence[str], **options: bool) -> DictConfig:
+def with_values(cfg: DictConfig, overrides: Sequence[Override]) -> DictConfig:
+    """Return a copy of a composed root config with the values of some overrides, which choose nothing from groups.
+
+    Raises:
+        ConfigError: If a value is none that its key may have.
+    """
+    cfg = copy.deepcopy(cfg)
+    for override in overrides:
+        key = override.key_or_group
+        free = any(key == name or key.startswith(f"{name}.") for name in free_sections())
+        try:
+            OmegaConf.update(cfg, key, override.value(), merge=True, force_add=free)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"Error merging override {override.input_line}: {_omegaconf_sentence(error)}") from error
+    return cfg
+
+
+def compose_root(overrides: Sequence[str], search_path: Sequence[str] = (), **options: bool) -> DictConfig:
+    """Have Hydra compose a root config.
+
+    Raises:
+        ConfigError: If it cannot.
+    """
     extra = [f"hydra.searchpath=[{','.join(f'file://{Path(p).resolve()}' for p in search_path)}]"] if search_path else []
     try:
-        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        with _no_other_hydra(), initialize_config_dir(str(config_dir()), version_base="1.3"):
             return compose("config", overrides=[*spelled_out(overrides), *extra], **options)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_hydra_sentence(error)) from error
@@ -120,26 +161,15 @@ def _compose(overrides: Sequence[str], search_path: Sequence[str], **options: bo
         raise ConfigError(f"A file of the configuration is no plain YAML: {' '.join(str(error).split())}") from error
 
 
-def check_sweep(overrides: Sequence[str], search_path: Sequence[str] = ()) -> int:
-    """Check every job of a sweep before the first one starts; return how many there are.
-
-    Raises:
-        ConfigError: If one of the jobs cannot be composed; the message says which.
-    """
-    options: list[list[str]] = []
-    for override in parse(overrides):
-        if override.is_discrete_sweep():
-            key = override.get_key_element()
-            options.append([f"{key}={value}" for value in override.sweep_string_iterator()])
-        else:
-            options.append([override.input_line or ""])
-    jobs = list(itertools.product(*options))
-    for number, job in enumerate(jobs):
-        try:
-            composed(job, search_path)
-        except ConfigError as error:
-            raise ConfigError(f"Job {number + 1} of {len(jobs)} ({' '.join(job)}) cannot run: {error}") from error
-    return len(jobs)
+@contextlib.contextmanager
+def _no_other_hydra() -> Iterator[None]:
+    """Put the Hydra aside that runs this program, such as a sweep, while another config is composed."""
+    state = GlobalHydra.instance()
+    running, state.hydra = state.hydra, None
+    try:
+        yield
+    finally:
+        state.hydra = running
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:
@@ -180,13 +210,17 @@ def check_keys(overrides: Sequence[Override], search_path: Sequence[str] = ()) -
         key = override.key_or_group
         if key in GROUPS or key.split(".")[0] == "hydra":
             continue
-        _check_path(key, [delta_type] if delta_type in registry.known() else registry.known())
+        check_path(key, [delta_type] if delta_type in registry.known() else registry.known())
         if override.is_add() or override.is_force_add() or override.is_delete():
             raise ConfigError(f"{override.input_line!r}: the config has fixed keys; write {key}=VALUE to set one.")
 
 
-def _check_path(key: str, delta_types: Sequence[str]) -> None:
-    """Check that a dotted key exists for a run with one of these delta types."""
+def check_path(key: str, delta_types: Sequence[str]) -> None:
+    """Check that a dotted key exists for a run with one of these delta types.
+
+    Raises:
+        ConfigError: If it does not; the message names the nearest.
+    """
     section, _, rest = key.partition(".")
     fields = _fields(RunConfig)
     for name in delta_types:
@@ -194,9 +228,9 @@ def _check_path(key: str, delta_types: Sequence[str]) -> None:
     if section not in fields:
         owners = [name for name in registry.known() if section in _fields(registry.get(name))]
         if owners:
-            raise ConfigError(
-                f"delta_type={delta_types[0]} has no key {section!r}; it belongs to delta_type={listing(owners)}."
-            )
+            who = f"delta_type={delta_types[0]} has" if len(delta_types) == 1 else f"None of {listing(delta_types)} has"
+            no = "no" if len(delta_types) == 1 else "a"
+            raise ConfigError(f"{who} {no} key {section!r}; it belongs to delta_type={listing(owners)}.")
         hint = did_you_mean(section, fields) or _elsewhere(section)
         raise ConfigError(f"There is no key {section!r}.{hint} See all keys with: deltaexp --help delta_type={delta_types[0]}")
     if section in free_sections():
@@ -207,6 +241,12 @@ def _check_path(key: str, delta_types: Sequence[str]) -> None:
         raise ConfigError(
             unknown(f"key of {section}", rest.split(".")[0], _section(section) if section in lab_config.PARTS else [])
         )
+
+
+def owns(delta_type: str, key: str) -> bool:
+    """Say whether a dotted key exists for a run with this delta type, as far as its first part tells."""
+    section = key.partition(".")[0]
+    return section in _fields(RunConfig) or section in _fields(registry.get(delta_type))
 
 
 def free_sections() -> set[str]:

@@ -414,34 +414,6 @@ def test_the_command_line_begins_where_there_is_nothing(
     assert digests(folder) == digests(whole.folder)
 
 
-@pytest.mark.slow
-def test_a_sweep_goes_on_where_it_was(
-    whole: Outcome, tmp_path: Path, interrupted, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    words = [*SMALL, "seed=42,2", "hydra.sweep.dir=all"]
-    shutil.copytree(whole.folder.parent, tmp_path / "all/0-lora-seed42")
-    interrupted(5, tmp_path / "all/1-lora-seed2", *SMALL, "seed=2")
-    assert main(["-m", *words, "resume=true"]) == 0
-    said = capfd.readouterr().out
-    assert "this run is done already" in said
-    assert "after step 4" in said
-    assert "2 runs" in said
-    assert main(["-m", *words, "resume=true", "lora_r=4"]) == 1
-    assert "another config" in capfd.readouterr().err
-
-
-def test_a_sweep_to_continue_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "outputs/multirun/2026-01-01").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    assert main(["-m", *SMALL, "seed=1,2", "resume=true"]) == 2
-    said = capfd.readouterr().err
-    assert "hydra.sweep.dir=FOLDER resume=true" in said
-    assert "hydra.sweep.dir=outputs/multirun/2026-01-01" in said
-
-
 def test_half_made_data_of_a_killed_run_are_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DELTAEXP_CACHE", str(tmp_path))
     stale, fresh = (tmp_path / "tokenised" / name for name in (".making-a", ".making-b"))

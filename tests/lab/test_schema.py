@@ -74,12 +74,6 @@ def test_mistakes(overrides: list[str], says: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_sweep_is_checked_before_its_first_job() -> None:
-    assert schema.check_sweep(["delta_type=lora,adapter", "seed=1,2,3"]) == 6
-    with pytest.raises(ConfigError, match="Job 2 of 2 .*Did you mean 'adapter'"):
-        schema.check_sweep(["delta_type=lora,adpter"])
-
-
 def test_an_experiment_may_choose_the_delta_type_and_lie_in_a_folder_of_the_user(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text(

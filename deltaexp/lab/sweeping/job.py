@@ -1,0 +1,114 @@
+"""One run of a sweep, as it is handed to whatever executes it: another process, or another machine.
+
+How a launcher runs jobs: it pickles each `Job`, calls `execute` with it wherever it likes, and gets a `Result` that is pickled
+back. Nothing is raised for a run that fails, and nothing in this module imports torch before a job is executed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+
+from deltaexp.errors import DeltaExpError, RunningElsewhereError
+from deltaexp.lab.config import RunConfig
+from deltaexp.lab.sweeping import record
+from deltaexp.redaction import guard_logs, redact
+from deltaexp.registry import DeltaConfig
+
+LOG = "deltaexp.log"
+"""The log of a job, in its folder; Hydra's logging writes to a file of this name, too."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep."""
+
+    run: RunConfig
+    delta: DeltaConfig
+    identity: str
+    """sha256 of its config and of the code."""
+    folder: str
+    """Its folder, below the sweep's."""
+    words: tuple[str, ...] = ()
+    """The overrides that make it, as they would be typed."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """The same, by key."""
+    sweep: str = ""
+    """The sweep's folder, with all of its path."""
+    again: str = ""
+    """The command that continues the sweep."""
+
+    @property
+    def path(self) -> Path:
+        """Its folder, with all of its path."""
+        return Path(self.sweep, self.folder)
+
+    @property
+    def name(self) -> str:
+        """What tells it from others, in words."""
+        return " ".join(f"{key}={value}" for key, value in self.overrides.items()) or "defaults"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a job."""
+
+    status: str
+    """``finished``, ``failed``, or ``running`` where another process is at it."""
+    score: float | None = None
+    """The task's metric after training."""
+    error: str | None = None
+    """What went wrong, in whole sentences."""
+    seconds: float | None = None
+
+
+def execute(job: Job) -> Result:
+    """Do a job, or what is left of it, and note in the sweep's record what came of it.
+
+    Raises:
+        KeyboardInterrupt: If somebody stops it; it can be continued.
+    """
+    start = time.perf_counter()
+    guard_logs()
+    job.path.mkdir(parents=True, exist_ok=True)
+    entry = record.Entry(job.folder, job.identity, job.overrides, "running")
+    record.update(job.sweep, entry)
+    with open(job.path / LOG, "a", encoding="utf-8") as log:
+        try:
+            from deltaexp.lab.run import run  # torch and transformers are imported here, not earlier
+
+            config = dataclasses.replace(job.run, resume=True)
+            outcome = run(config, job.delta, job.path, _Both(log), again=job.again)
+            result = Result("finished", outcome.score, seconds=time.perf_counter() - start)
+        except RunningElsewhereError:
+            return Result("running")
+        except KeyboardInterrupt:
+            record.update(job.sweep, dataclasses.replace(entry, status="waiting"))
+            raise
+        except Exception as error:
+            known = isinstance(error, DeltaExpError)
+            text = redact(str(error) if known else f"{type(error).__name__}: {error}")
+            log.write(f"{text}\n" if known else redact(traceback.format_exc()))
+            result = Result("failed", error=text, seconds=time.perf_counter() - start)
+    record.update(job.sweep, dataclasses.replace(entry, status=result.status, error=result.error, seconds=result.seconds))
+    return result
+
+
+class _Both(Console):
+    """Standard output, and a log that holds the same without colours."""
+
+    def __init__(self, log: IO[str]) -> None:
+        super().__init__(highlight=False, soft_wrap=True)
+        self._log = Console(file=log, highlight=False, soft_wrap=True, width=120, color_system=None)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print to both."""
+        super().print(*objects, **options)
+        self._log.print(*objects, **options)
+        self._log.file.flush()
