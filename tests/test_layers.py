@@ -32,7 +32,8 @@ LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 FENCES = {
     "hydra": {"lab/schema.py", "lab/sweeping/grid.py", "lab/sweeping/sweep.py", "__main__.py"},
     "omegaconf": {"lab/schema.py", "lab/sweeping/grid.py", "lab/sweeping/sweep.py", "__main__.py"},
-    "wandb": {"lab/tracking.py"},
+    "wandb": {"lab/tracking/wandb.py", "lab/tracking/wandb_file.py"},
+    "tensorboard": {"lab/tracking/tensorboard.py"},
     "datasets": {
         *(path.relative_to(PACKAGE).as_posix() for path in (PACKAGE / "lab" / "tasks").rglob("*.py")),
         *("lab/predicting.py", "lab/predictions.py", "lab/processes.py"),

@@ -10,7 +10,24 @@ from transformers import TrainerCallback
 from deltaexp.errors import listing
 from deltaexp.lab import processes
 from deltaexp.lab.checkpoints import Checkpoints
+from deltaexp.lab.tracking import Trackers
 from deltaexp.model import DeltaModel
+
+
+class LogCallback(TrainerCallback):
+    """Hands the training log to the trackers of a run."""
+
+    def __init__(self, trackers: Trackers) -> None:
+        self.trackers = trackers
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Pass on what a run that is continued has logged before, of which a tracker may have lost the last."""
+        for entry in state.log_history:
+            self.trackers.log(entry, entry["step"])
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        """Pass an entry on."""
+        self.trackers.log(logs or {}, state.global_step)
 
 
 class LossCallback(TrainerCallback):

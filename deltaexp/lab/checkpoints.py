@@ -112,6 +112,11 @@ class Checkpoints:
         return None, faults
 
 
+def step(folder: Path) -> int:
+    """Return the number of the step that a checkpoint was written after."""
+    return int(folder.name.removeprefix(PREFIX))
+
+
 def fault(folder: Path) -> str | None:
     """Say what is wrong with a checkpoint; None where all of its files are those that were written."""
     try:

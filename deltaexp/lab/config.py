@@ -21,7 +21,6 @@ from deltaexp.lab.taskconfig import TaskConfig
 from deltaexp.redaction import is_secret
 from deltaexp.registry import DeltaConfig, checked
 
-TRACKERS = ("none", "wandb")
 WANDB_MODES = ("online", "offline", "disabled")
 
 
@@ -174,15 +173,19 @@ class HubConfig:
 
 @dataclass
 class TrackerConfig:
-    """Where metrics are logged to, besides the run's folder."""
+    """Where metrics are logged to, besides the run's folder. All but `names` is for Weights & Biases."""
 
-    name: str = "none"
+    names: list[str] = field(default_factory=list)
+    """``wandb``, ``tensorboard``, or both; TensorBoard's events lie in ``tensorboard`` in the run's folder."""
     project: str = "deltaexp"
     entity: Optional[str] = None
     group: Optional[str] = None
+    """What the runs belong to; null takes the name of the sweep's folder for the runs of a sweep."""
     mode: Optional[str] = None
     """W&B's mode: ``online``, ``offline`` or ``disabled``; null leaves it to W&B's own settings."""
     tags: list[str] = field(default_factory=list)
+    predictions: bool = False
+    """Log a table of the answers in the final evaluation, which are then kept as by `task.save_predictions=true`."""
 
 
 @dataclass
@@ -259,11 +262,8 @@ def check(run: RunConfig) -> None:
     Raises:
         ConfigError: If one is out of range, or two contradict one another.
     """
-    for section, key, allowed in (("tracker", "name", TRACKERS),):
-        value = getattr(getattr(run, section), key)
-        if value not in allowed:
-            raise ConfigError(unknown(f"{section}.{key}", value, allowed))
     requirements.check(run.backbone)
+    requirements.check_trackers(run.tracker.names)
     if not run.backbone.source:
         raise ConfigError("backbone.source is empty; name a repository of the Hub or a folder, e.g. backbone.source=t5-base.")
     at_least_one = {

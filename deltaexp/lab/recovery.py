@@ -58,8 +58,6 @@ class Record:
     versions: dict[str, str] = field(default_factory=lambda: _versions())
     sessions: int = 1
     """How often it was begun or continued."""
-    tracker: str | None = None
-    """The tracker's name for it, under which it is continued."""
     pushed: str | None = None
     """Where it was pushed to."""
 
@@ -85,6 +83,7 @@ class Record:
             values = json.loads((folder / RECORD).read_text(encoding="utf-8"))
             if values.pop("format") != FORMAT:
                 raise ValueError("another format")
+            values.pop("tracker", None)  # which version 0.1 noted here
             return cls(**values)
         except FileNotFoundError:
             return None
@@ -179,7 +178,7 @@ def claim(folder: Path, config: dict[str, Any], resume: bool) -> Iterator[Claim]
                     f"{str(folder)!r} holds a run of this config that has not finished. Add resume=true to continue it, or "
                     "name another folder with hydra.run.dir."
                 )
-            # The tracker's name and the sessions stay; hub and tracker may be others than before.
+            # The sessions stay; hub and tracker may be others than before.
             record = dataclasses.replace(old, config=config, sessions=old.sessions + 1)
         for pattern in LEFTOVERS:
             for path in folder.glob(pattern):

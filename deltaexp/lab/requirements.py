@@ -1,9 +1,10 @@
-"""What a backbone's config asks of the machine, checked before PyTorch is imported: values, packages, contradictions."""
+"""What backbone and trackers ask of the machine, checked before PyTorch is imported: values, packages, contradictions."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from deltaexp.errors import ConfigError, unknown
@@ -29,6 +30,8 @@ NOT_TRAINED = {
 FOUR_BIT = ("nf4", "fp4")
 SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 DEVICE = re.compile(r"(cpu|mps|(cuda|xpu|npu|hpu)(:\d+)?)")
+TRACKERS = ("wandb", "tensorboard")
+"""Each is the name of its package, and of what installs that."""
 PACKAGES = {"flash_attention_2": ("flash_attn", "flash-attn"), "flash_attention_3": ("flash_attn_interface", "flash-attn-3")}
 
 
@@ -85,3 +88,21 @@ def _check_quantization(config: BackboneConfig) -> None:
             f"backbone.quantization={wanted} needs to know in which dtype the rest is held: name one, such as "
             "backbone.dtype=bfloat16, in place of auto."
         )
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Check that trackers are known and their packages installed.
+
+    Raises:
+        ConfigError: If one is not.
+    """
+    for name in names:
+        if name not in TRACKERS:
+            raise ConfigError(unknown("tracker.names", name, TRACKERS))
+        found = importlib.util.find_spec(name)
+        # A folder ./wandb, in which W&B keeps its logs, is no package, though Python takes it for one.
+        if found is None or found.origin is None:
+            raise ConfigError(
+                f"tracker.names={name} needs the package {name!r}, which is not installed. Run `pip install "
+                f'"deltaexp[{name}]"`, or leave it out.'
+            )

@@ -39,6 +39,7 @@ from deltaexp.lab import (
     training,
     writing,
 )
+from deltaexp.lab.callbacks import LogCallback
 from deltaexp.lab.checkpoints import Checkpoints
 from deltaexp.lab.config import RunConfig, completed
 from deltaexp.lab.memory import PeakMemory
@@ -122,13 +123,14 @@ def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, 
     _check_same(notes.get("inputs", {}), together)
     clock = Clock(console, dict(notes.get("seconds", {})))
     described = public.publishable(config_dict)
-    logs = processes.is_main()
-    tracker = tracking.start(config.tracker, described, folder, claim.record.tracker) if logs else tracking.Tracker()
+    say = functools.partial(console.print, style="yellow", markup=False)
+    trackers = tracking.Trackers(say)
+    if processes.is_main():
+        trackers.start(
+            config.tracker, described, folder, 0 if checkpoint_folder is None else checkpoints.step(checkpoint_folder)
+        )
     failed = True
     try:
-        if logs and tracker.id != claim.record.tracker:
-            claim.record.tracker = tracker.id
-            claim.record.write(folder)
         # 1. Seeds before anything is initialised; data and dropout get theirs in the Trainer.
         transformers.set_seed(seeds["init"])
 
@@ -171,7 +173,7 @@ def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, 
             console.print(f"  [yellow]{line}[/yellow]")
         if config.trainer.sharding:
             sharding.shard(delta_model, config.trainer.cpu)
-        trainer = training.build(config.trainer, delta_model, kind, splits, saved, seeds, tracker.callbacks())
+        trainer = training.build(config.trainer, delta_model, kind, splits, saved, seeds, [LogCallback(trackers)])
 
         # 6. The backbone as it is, 7. training, 8. the delta.
         final = splits[data.evaluated]
@@ -197,7 +199,7 @@ def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, 
         peak = functools.reduce(_larger, processes.gather(_larger(peak, memory.read())))
         with clock.phase("evaluate after", f"evaluating with the delta on {data.evaluated}"):
             after = training.evaluate(trainer, final)
-        if config.task.save_predictions and processes.is_main():
+        if (config.task.save_predictions or config.tracker.predictions) and processes.is_main():
             predictions.write(folder / predictions.PREDICTIONS, kind, final.rows, trainer.answers)
         metrics = {"after": after} if before is None else {"before": before, "after": after}
         if data.evaluated != "validation":
@@ -263,13 +265,13 @@ def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, 
         _tidy(config, folder)
 
         # 11. Push if asked; the local delta is complete whatever the Hub says.
-        tracker.summarise(results)
+        trackers.summarise(results, target)
         telling.print_results(console, results, target, backbones.loading_code(backbone.model, backbone.source))
         _push(config, claim, clock)
         failed = False
         return Outcome(target, after[kind.metric], results)
     finally:
-        tracker.finish(failed)
+        trackers.finish(failed)
 
 
 def _where_it_was(claim: recovery.Claim, saved: Checkpoints, console: Console) -> tuple[Path | None, dict[str, Any]]:
@@ -290,8 +292,7 @@ def _where_it_was(claim: recovery.Claim, saved: Checkpoints, console: Console) -
     if newest is None:
         console.print(f"beginning anew in {claim.folder}: the interrupted run there has no complete checkpoint", markup=False)
         return None, {}
-    step = int(newest.name.removeprefix(checkpoints.PREFIX))
-    console.print(f"continuing the run in {claim.folder} after step {step:,}", markup=False)
+    console.print(f"continuing the run in {claim.folder} after step {checkpoints.step(newest):,}", markup=False)
     return newest, checkpoints.read_values(newest)["notes"]
 
 

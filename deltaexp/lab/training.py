@@ -30,11 +30,10 @@ from deltaexp.lab.config import TrainerConfig
 from deltaexp.lab.parallel import ParallelTrainer
 from deltaexp.lab.tasks.kinds import Kind, Split
 from deltaexp.lab.tasks.kinds.base import ROW
+from deltaexp.lab.tracking import TIMINGS
 from deltaexp.model import DeltaModel
 
 TRAINER_STATE = "trainer_state.json"
-TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
-"""What the Trainer adds to the metrics of an evaluation."""
 SPREAD = 1_000_003
 """What the seeds of dropout differ by from one process to the next."""
 

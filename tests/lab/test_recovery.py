@@ -350,18 +350,6 @@ def test_the_keyboard_is_told_how_to_go_on(tmp_path: Path, interrupted) -> None:
     assert "Continue with: " in str(error)
 
 
-@pytest.mark.slow
-def test_wandb_goes_on_with_the_same_run(tmp_path: Path, interrupted, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    words = [*SMALL, "tracker=wandb", "tracker.mode=offline"]
-    interrupted(5, tmp_path, *words)
-    go(tmp_path, *words, "resume=true")
-    logs = [path.name.removeprefix("run-") for path in tmp_path.glob("wandb/offline-run-*/*.wandb")]
-    assert len(logs) == 2
-    assert len(set(logs)) == 1
-    assert f"{json.loads((tmp_path / 'run.json').read_text())['tracker']}.wandb" == logs[0]
-
-
 def test_the_newest_unfinished_run_is_found(tmp_path: Path) -> None:
     config = recovery.describe(*schema.composed(SMALL))
     assert recovery.find(tmp_path, config) == (None, False)

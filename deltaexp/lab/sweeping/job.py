@@ -83,7 +83,8 @@ def execute(job: Job) -> Result:
         try:
             from deltaexp.lab.run import run  # torch and transformers are imported here, not earlier
 
-            config = dataclasses.replace(job.run, resume=True)
+            tracker = dataclasses.replace(job.run.tracker, group=job.run.tracker.group or Path(job.sweep).name or None)
+            config = dataclasses.replace(job.run, resume=True, tracker=tracker)
             outcome = run(config, job.delta, job.path, _Both(log), again=job.again)
             result = Result("finished", outcome.score, seconds=time.perf_counter() - start)
         except RunningElsewhereError:
