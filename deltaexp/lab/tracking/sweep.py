@@ -38,7 +38,7 @@ def table(folder: Path) -> list[dict[str, Any]]:
     runs = {path.parent.parent: json.loads(path.read_text(encoding="utf-8")) for path in folder.rglob(f"{DELTA}/{RESULTS}")}
     configs = {place: flat(results["config"]) for place, results in runs.items()}
     keys = list(dict.fromkeys(key for config in configs.values() for key in config))
-    swept = [key for key in keys if len({json.dumps(config.get(key)) for config in configs.values()}) > 1]
+    swept = [key for key in keys if len({json.dumps(config[key]) for config in configs.values() if key in config}) > 1]
     always = ["delta_type", "seed", "trainer.learning_rate"]
     rows = []
     for place, results in sorted(runs.items()):
