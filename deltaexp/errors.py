@@ -108,6 +108,10 @@ class SweepError(DeltaExpError):
     """Some jobs of a sweep failed; the message says which and why."""
 
 
+class PrunedRunError(RunError):
+    """A search gave a run up while it trained, because others did better by then; it leaves no delta."""
+
+
 class HubError(DeltaExpError):
     """The Hugging Face Hub cannot be reached, or refuses what was asked of it; secrets in what it says are left out."""
 

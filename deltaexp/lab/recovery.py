@@ -60,11 +60,13 @@ class Record:
     """How often it was begun or continued."""
     pushed: str | None = None
     """Where it was pushed to."""
+    pruned: dict[str, Any] | None = None
+    """Where a search gave it up: the ``step``, and the ``metric`` with its ``value`` there."""
 
     @property
     def fingerprint(self) -> str:
         """A digest of all in the config that the trained delta depends on."""
-        return _digest(_that_matter(self.config))
+        return _digest(that_matter(self.config))
 
     def write(self, folder: Path) -> None:
         """Write ``run.json``, all of it or nothing."""
@@ -125,7 +127,7 @@ def identity(config: Mapping[str, Any]) -> str:
     Args:
         config: What `describe` returned.
     """
-    return _digest({"config": _that_matter(config), "code": code_version(config["delta_type"])})
+    return _digest({"config": that_matter(config), "code": code_version(config["delta_type"])})
 
 
 def code_version(delta_type: str) -> str:
@@ -248,18 +250,18 @@ def find(parent: Path, config: dict[str, Any]) -> tuple[Path | None, bool]:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Say in which keys two configs differ, among those that matter."""
-    before, after = _that_matter(old), _that_matter(new)
+    before, after = that_matter(old), that_matter(new)
     keys = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
     return listing((f"{key} ({before.get(key)!r}, now {after.get(key)!r})" for key in keys), 4)
 
 
-def _that_matter(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def that_matter(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return the keys of a config, with dots, that the trained delta depends on."""
     found: dict[str, Any] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
         if name not in NO_MATTER:
-            found |= _that_matter(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
+            found |= that_matter(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
     return found
 
 

@@ -30,6 +30,7 @@ from deltaexp.lab import (
     modelcard,
     predictions,
     processes,
+    pruning,
     public,
     pushing,
     recovery,
@@ -116,6 +117,7 @@ def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, 
     """Do the whole of a run, or what is left of it; only the first process returns what came of it."""
     folder, seeds, config_dict = claim.folder, config.resolved_seeds(), claim.record.config
     target = folder / recovery.DELTA
+    pruning.check(claim)
     precision = arguments.precision(config.trainer)
     saved = Checkpoints(folder / recovery.CHECKPOINTS, config.trainer.save_every)
     checkpoint_folder, notes = processes.broadcast(_where_it_was(claim, saved, console))
@@ -173,7 +175,8 @@ def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, 
             console.print(f"  [yellow]{line}[/yellow]")
         if config.trainer.sharding:
             sharding.shard(delta_model, config.trainer.cpu)
-        trainer = training.build(config.trainer, delta_model, kind, splits, saved, seeds, [LogCallback(trackers)])
+        callbacks = [LogCallback(trackers), *pruning.callbacks(claim)]
+        trainer = training.build(config.trainer, delta_model, kind, splits, saved, seeds, callbacks)
 
         # 6. The backbone as it is, 7. training, 8. the delta.
         final = splits[data.evaluated]
@@ -196,6 +199,7 @@ def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, 
                 trainer.train_from(checkpoint_folder)
             else:
                 console.print("  nothing is trainable: the backbone is measured as it is")
+        pruning.check(claim)
         peak = functools.reduce(_larger, processes.gather(_larger(peak, memory.read())))
         with clock.phase("evaluate after", f"evaluating with the delta on {data.evaluated}"):
             after = training.evaluate(trainer, final)

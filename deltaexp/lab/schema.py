@@ -16,6 +16,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -29,6 +30,14 @@ from deltaexp.registry import DeltaConfig
 
 GROUPS = ("delta_type", "backbone", "task", "trainer", "hub", "tracker", "experiment")
 """The config groups, in the order of ``conf/config.yaml``'s defaults list."""
+FREE_OF_HYDRA = tuple(
+    f"hydra.{section}"
+    for section in (
+        "sweeper.sampler_options", "sweeper.pruner_options",
+        "launcher.additional_parameters", "launcher.init", "launcher.remote",
+    )
+)  # fmt: skip
+"""Mappings of ``conf/hydra/`` whose keys are another library's."""
 DEFAULT_DELTA_TYPE = "lora"
 """The choice in ``conf/config.yaml``'s defaults list."""
 
@@ -59,6 +68,11 @@ def choices(group: str, search_path: Sequence[str] = ()) -> dict[str, str]:
 def register_schemas(search_path: Sequence[str] = ()) -> None:
     """Tell Hydra the type of the root config for every delta type: its own keys and those of a run, flat."""
     store = ConfigStore.instance()
+    Plugins.instance()  # has stored what the plugins of other packages bring along
+    for kind in ("launcher", "sweeper"):
+        # Hydra would take one of the same name for the schema of deltaexp's own.
+        for path in (config_dir() / "hydra" / kind).glob("*.yaml"):
+            store.repo.get("hydra", {}).get(kind, {}).pop(path.name, None)
     for name in registry.known():
         config_class = registry.get(name)
         if _stored.get(name) is not config_class:  # storing takes time, and a sweep composes many configs
@@ -260,7 +274,7 @@ def free_sections() -> set[str]:
 
 def spelled_out(words: Sequence[str]) -> list[str]:
     """Return command-line words in which overrides below a free section may add their key, as Hydra wants it said."""
-    free = tuple(f"{section}{mark}" for section in free_sections() for mark in ".=")
+    free = tuple(f"{section}{mark}" for section in {*free_sections(), *FREE_OF_HYDRA} for mark in ".=")
     return [f"++{word}" if word.startswith(free) and "=" in word else quoted(word) for word in words]
 
 

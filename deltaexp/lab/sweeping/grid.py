@@ -16,7 +16,7 @@ import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
@@ -107,21 +107,44 @@ def plan(words: tuple[str, ...], search_path: tuple[str, ...] = ()) -> Plan | No
     root = schema.compose_root(words, search_path, return_hydra_config=True)
     if root.hydra.sweeper.get("_target_") != SWEEPER:
         return None
+    asked = asked_for(words, root)
+    jobs, notes = _jobs(list(asked.given.values()), search_path, asked.optional)
+    return Plan(tuple(jobs), tuple(notes), _name(jobs, asked.given), as_typed(asked.words, search_path), asked.words)
+
+
+class Asked(NamedTuple):
+    """What is asked of a sweeper."""
+
+    given: dict[str, Override]
+    """All overrides by key, those of an experiment included."""
+    optional: frozenset[str]
+    """Keys that only the experiment sets; typed delta types need not have them."""
+    words: tuple[str, ...]
+    """The overrides of the command that makes the sweep, and continues it."""
+
+
+def asked_for(words: Sequence[str], root: DictConfig) -> Asked:
+    """Return what is asked of a sweeper.
+
+    Args:
+        words: What `words_for_hydra` returned.
+        root: The root config that Hydra composes of them, with Hydra's own.
+    """
+    parsed = schema.parse(words)
     params: Any = OmegaConf.to_container(root.hydra.sweeper.get("params") or OmegaConf.create(), resolve=False)
     typed: Any = next((override.value() for override in parsed if override.key_or_group == PARAMS), {})
     # As with Hydra's sweeper, what is typed comes on top of what an experiment says.
+    groups = [override for override in parsed if not override.is_hydra_override()]
     given = {**_by_key(schema.parse([f"{key}={value}" for key, value in params.items()])), **_by_key(groups)}
-    jobs, notes = _jobs(list(given.values()), search_path, params.keys() - typed.keys())
     own = [override.input_line or "" for override in parsed if override.key_or_group != PARAMS]
-    command = [*own, *(f"{key}={value}" for key, value in typed.items())]
-    return Plan(tuple(jobs), tuple(notes), _name(jobs, given), _command(command, search_path), tuple(command))
+    return Asked(given, frozenset(params.keys() - typed.keys()), (*own, *(f"{key}={value}" for key, value in typed.items())))
 
 
 def _by_key(overrides: Iterable[Override]) -> dict[str, Override]:
     return {override.key_or_group: override for override in overrides}
 
 
-def _command(words: Sequence[str], search_path: Sequence[str]) -> str:
+def as_typed(words: Sequence[str], search_path: Sequence[str]) -> str:
     """Return the command of a sweep, as it could be typed."""
     folders = [word for folder in search_path for word in ("--config-dir", folder)]
     return shlex.join(["python", "-m", "deltaexp", "-m", *folders, *words])
@@ -141,7 +164,7 @@ def _jobs(given: Sequence[Override], search_path: Sequence[str], optional: Colle
         key = override.key_or_group
         if override.is_sweep_override() and key.partition(".")[0] in WHOLE:
             raise ConfigError(f"{key} is about the sweep as a whole, and takes one value.")
-    combinations = list(itertools.product(*map(_values, groups)))
+    combinations = list(itertools.product(*map(each_value, groups)))
     several = len(combinations) > 1 or any(override.is_sweep_override() for override in settings)
     roots: list[tuple[tuple[str, ...], DictConfig]] = []
     for choices in combinations:
@@ -158,13 +181,13 @@ def _jobs(given: Sequence[Override], search_path: Sequence[str], optional: Colle
     jobs = []
     for choices, root in roots:
         own = [override for override in settings if schema.owns(str(root.delta_type), override.key_or_group)]
-        for values in itertools.product(*map(_values, own)):
+        for values in itertools.product(*map(each_value, own)):
             with _said_of((*choices, *values), several):
                 jobs.append(_job(root, choices, values))
     return _distinct(jobs, notes)
 
 
-def _values(override: Override) -> list[str]:
+def each_value(override: Override) -> list[str]:
     """Return an override once for each of its values.
 
     Raises:

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from rich.console import Console
 
-from deltaexp.errors import DeltaExpError, RunningElsewhereError
+from deltaexp.errors import DeltaExpError, PrunedRunError, RunningElsewhereError
 from deltaexp.lab.config import RunConfig
 from deltaexp.lab.sweeping import record
 from deltaexp.redaction import guard_logs, redact
@@ -60,7 +60,7 @@ class Result:
     """What came of a job."""
 
     status: str
-    """``finished``, ``failed``, or ``running`` where another process is at it."""
+    """``finished``, ``failed``, ``pruned`` where a search gave it up, or ``running`` where another process is at it."""
     score: float | None = None
     """The task's metric after training."""
     error: str | None = None
@@ -87,6 +87,8 @@ def execute(job: Job) -> Result:
             config = dataclasses.replace(job.run, resume=True, tracker=tracker)
             outcome = run(config, job.delta, job.path, _Both(log), again=job.again)
             result = Result("finished", outcome.score, seconds=time.perf_counter() - start)
+        except PrunedRunError as error:
+            result = Result("pruned", error=str(error), seconds=time.perf_counter() - start)
         except RunningElsewhereError:
             return Result("running")
         except KeyboardInterrupt:

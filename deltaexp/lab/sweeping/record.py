@@ -21,7 +21,7 @@ from deltaexp.lab.writing import write_whole
 
 FILE, LOCK = "sweep.json", ".sweep.lock"
 FORMAT = 1
-STATUSES = ("waiting", "running", "finished", "failed")
+STATUSES = ("waiting", "running", "finished", "failed", "pruned")
 
 
 @dataclass(frozen=True)

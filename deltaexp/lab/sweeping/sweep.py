@@ -58,14 +58,12 @@ def sweep(config: DictConfig, launcher: Any, arguments: Sequence[str], batch: in
         console.print(note, markup=False)
     entries = [record.Entry(job.folder, job.identity, job.overrides) for job in jobs]
     record.begin(folder, planned.command, planned.words, entries)
-    runs: Any = launcher if hasattr(launcher, "run") else _Foreign(launcher)
-    sizes = [size for size in (batch, runs.at_once) if size]
-    going = _Sweep(jobs, folder, console)
-    going.go(runs, min(sizes, default=len(jobs)))
+    going = Going(jobs, folder, console)
+    going.go(launcher, batch)
     going.finish()
 
 
-class _Sweep:
+class Going:
     """The jobs of a sweep on their way."""
 
     def __init__(self, jobs: Sequence[Job], folder: Path, console: Console) -> None:
@@ -79,20 +77,22 @@ class _Sweep:
             if (job.path / recovery.DELTA).exists():
                 self._look_at_finished(job, known[job.identity], retry)
 
-    def go(self, launcher: Runs, size: int) -> None:
+    def go(self, launcher: Any, batch: int | None = None) -> None:
         """Have all jobs done that are left to do.
 
         Args:
-            launcher: Who does them.
-            size: How many it is given at once.
+            launcher: One of deltaexp's launchers, or another of Hydra's.
+            batch: How many jobs a launcher is given at once, at most.
         """
+        runs: Any = launcher if hasattr(launcher, "run") else _Foreign(launcher)
+        size = min([size for size in (batch, runs.at_once) if size], default=len(self.jobs))
         left = self._left(self.jobs)
         self.console.print(f"{len(self.jobs)} jobs in {self.folder}, {len(left)} of them to do", markup=False)
         told = False
         while left and not self.stopped:
             ready = [job for job in left if not recovery.busy(job.path)]
             if ready:
-                self._launch(launcher, ready[:size])
+                self._launch(runs, ready[:size])
             else:
                 if not told:
                     what = f"{len(left)} jobs that another process is at work on"
@@ -129,8 +129,8 @@ class _Sweep:
     def _left(self, jobs: Sequence[Job]) -> list[Job]:
         """Return the jobs that have neither finished nor failed."""
         known = record.read(self.folder)
-        failed = {identity for identity, entry in known.items() if entry.status == "failed"} - self.again
-        return [job for job in jobs if job.identity not in failed and not self._is_finished(job)]
+        over = {identity for identity, entry in known.items() if entry.status in ("failed", "pruned")} - self.again
+        return [job for job in jobs if job.identity not in over and not self._is_finished(job)]
 
     def _is_finished(self, job: Job) -> bool:
         """Say whether the delta of a job is complete, and pushed if it is to be."""
@@ -165,7 +165,8 @@ class _Sweep:
                     self.console.print(f"{self._place(job)}: another process was faster and is at work on it", markup=False)
                     continue
                 self.executed += 1
-                what = f"{result.score:.4f}" if result.status == "finished" else f"failed: {result.error}"
+                told = {"finished": f"{result.score:.4f}" if result.score is not None else "", "pruned": result.error}
+                what = told.get(result.status, f"failed: {result.error}")
                 self.console.print(f"{self._place(job)}: {what} ({result.seconds:.1f} s){self._time_left()}", markup=False)
                 if result.status == "failed" and self.fail_fast:
                     self.stopped = True
