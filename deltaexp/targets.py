@@ -126,19 +126,26 @@ def _only_linear(module: nn.Module) -> int | None:
     return dims[1] if dims else None
 
 
-def find(config: DeltaConfig, backbone: nn.Module) -> tuple[dict[str, list[str]], list[Site]]:
+def find(
+    config: DeltaConfig, backbone: nn.Module, structure: Mapping[str, tuple[Role, ...]] | None = None
+) -> tuple[dict[str, list[str]], list[Site]]:
     """Return, pattern by pattern, the names of the modules that a config chooses, and the places that follow from it.
 
     Where the type's default modules are taken, they are written into ``config``: a saved delta then means the same modules
     under a version with other defaults.
 
+    Args:
+        config: The config.
+        backbone: The backbone.
+        structure: Its common structure, where that is known already.
+
     Raises:
         AddressingError: If a pattern matches nothing.
     """
     modules = dict(backbone_modules(backbone))
-    structure = common_structure(backbone)
+    structure = common_structure(backbone) if structure is None else structure
     if any(pattern.replace("@", "") == BLOCK for pattern in config.modified_modules or config.defaults()):
-        structure |= {name: (*structure.get(name, ()), Role(BLOCK)) for stack in blocks(backbone) for name in stack}
+        structure = {**structure, **{n: (*structure.get(n, ()), Role(BLOCK)) for stack in blocks(backbone) for n in stack}}
     common = {name: [role.name for role in roles] for name, roles in structure.items()}
     if config.modified_modules is None and config.defaults():
         patterns = _defaults(config, common)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from rich.console import Console
@@ -84,22 +84,33 @@ class Visualization:
     def _grow(self, tree: Tree, module: nn.Module, fold: bool) -> None:
         for name, parameter in module.named_parameters(recurse=False):
             tree.add(_parameter(name, parameter, isinstance(module, Layer) or tree.style == STYLES["delta"]))
-        # Modules without parameters (dropout, activations) tell nothing about a delta.
-        children = [(name, child) for name, child in module.named_children() if any(True for _ in child.parameters())]
-        start = 0
-        while start < len(children):
-            name, child = children[start]
-            stop = start + 1
-            if fold and name.isdigit():
-                mine = _fingerprint(child)
-                while stop < len(children) and children[stop][0].isdigit() and _fingerprint(children[stop][1]) == mine:
-                    stop += 1
-            label = name if stop == start + 1 else f"{name}-{children[stop - 1][0]}"
+        for names in folded(module, fold):
+            child = getattr(module, names[0])
+            label = names[0] if len(names) == 1 else f"{names[0]}-{names[-1]}"
             delta = isinstance(child, Layer) or tree.style == STYLES["delta"]
             text = Text.assemble((label, STYLES["delta"] if delta else STYLES["module"]), " ", _kind(child))
             branch = tree.add(text.append_text(_summary(child)), style=STYLES["delta"] if delta else "")
             self._grow(branch, child, fold)
-            start = stop
+
+
+def folded(module: nn.Module, fold: bool = True) -> Iterator[list[str]]:
+    """Yield the names of a module's children that have parameters, equal numbered ones that follow one another together.
+
+    Modules without parameters (dropout, activations) tell nothing about a delta.
+    """
+    group: list[str] = []
+    before = None
+    for name, child in module.named_children():
+        if not any(True for _ in child.parameters()):
+            continue
+        mine = _fingerprint(child) if fold and name.isdigit() else None
+        if group and (mine is None or mine != before):
+            yield group
+            group = []
+        group.append(name)
+        before = mine
+    if group:
+        yield group
 
 
 def _print(tree: Tree, console: Console) -> None:

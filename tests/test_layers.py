@@ -31,8 +31,8 @@ ORDER = [
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 SWEEPING = {f"lab/sweeping/{name}.py" for name in ("grid", "search", "space", "sweep")}
 FENCES = {
-    "hydra": {"lab/schema.py", *SWEEPING, "__main__.py"},
-    "omegaconf": {"lab/schema.py", *SWEEPING, "__main__.py"},
+    "hydra": {"lab/schema.py", "lab/wording.py", *SWEEPING, "__main__.py"},
+    "omegaconf": {"lab/schema.py", "lab/wording.py", *SWEEPING, "__main__.py"},
     "wandb": {"lab/tracking/wandb.py", "lab/tracking/wandb_file.py"},
     "tensorboard": {"lab/tracking/tensorboard.py"},
     "datasets": {

@@ -32,7 +32,7 @@ def show(config: RunConfig, console: Console | None = None) -> None:
         for role in roles:
             dims = linear_dims(modules[name])
             shape = f"{dims[0]} -> {dims[1]}" if dims else type(modules[name]).__name__
-            key = (role.name, re.sub(r"(?<=\.)\d+(?=\.)", "*", name), shape + _of(role.rows))
+            key = (role.name, re.sub(r"(?<=\.)\d+(?=\.)", "*", name), shape + span(role.rows))
             rows.setdefault(key, []).append(name)
     table = Table("common name", title=type(backbone).__name__)
     table.add_column("modules", overflow="fold")
@@ -49,7 +49,7 @@ def show(config: RunConfig, console: Console | None = None) -> None:
     )
 
 
-def _of(rows: Rows | None) -> str:
+def span(rows: Rows | None) -> str:
     """Say which part of a fused projection's output is meant."""
     if rows is None:
         return ""

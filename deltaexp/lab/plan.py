@@ -16,7 +16,7 @@ from torch import nn
 
 from deltaexp.addressing import covers
 from deltaexp.auto import AutoDeltaModel
-from deltaexp.errors import AddressingError, DeltaExpError, listing
+from deltaexp.errors import AddressingError, ConfigError, DeltaExpError, listing
 from deltaexp.lab import blueprint, costs, estimate, optimizers
 from deltaexp.lab.blueprint import Blueprint, Checkpoint
 from deltaexp.lab.config import RunConfig
@@ -106,21 +106,8 @@ def make(config: RunConfig, delta_config: DeltaConfig, sizes: Sizes | None = Non
     weights = blueprint.checkpoint(config.backbone, drawn)
     told = price(weights, drawn.model)
     try:
-        delta_model = AutoDeltaModel.from_config(delta_config, backbone_model=drawn.model)
-        delta_model.freeze_module(exclude=[*delta_config.unfrozen_modules, *drawn.new])
-        _check_packed(delta_model, drawn)
-        optimizers.named_rates(delta_model, config.trainer.learning_rates)
-    except Exception as error:
-        # The layers of another library may want values, which the weights do not have here.
-        values = not delta_config.builds_on_meta and "meta" in f"{error} {error.__cause__}"
-        if not (values or isinstance(error, DeltaExpError)):
-            raise
-        if values:
-            reason = str(error.__cause__ or error).splitlines()[0]
-            raise DeltaExpError(
-                f"What delta_type={delta_config.delta_type} puts into the backbone cannot be told without its weights: its "
-                f"layers are computed from them ({reason})."
-            ) from error
+        delta_model = attach(config, delta_config, drawn)
+    except (AddressingError, ConfigError) as error:
         raise type(error)(f"{error} {told} Nothing was loaded here.") from error
     batch = costs.batch_sizes(config, delta_config, drawn, sizes)
     plan = Plan(
@@ -131,11 +118,11 @@ def make(config: RunConfig, delta_config: DeltaConfig, sizes: Sizes | None = Non
         patterns={pattern: _alike(names, drawn.model) for pattern, names in delta_model.targets.items()},
         blocks={pattern: _in_blocks(names, drawn.model) for pattern, names in delta_model.targets.items()},
         new=drawn.new,
-        parts=_parts(delta_model, drawn),
+        parts=parts(delta_model, drawn),
         batch=batch,
         steps=_steps(config, sizes),
         price=told,
-        remarks=[*drawn.assumed, *_odd(delta_model, drawn.model)],
+        remarks=[*drawn.assumed, *odd(delta_model, drawn.model)],
     )
     if batch.get("choices") and len(config.task.choices) < 2:
         plan.remarks.append(f"How many answers a row has to choose from is read from the data: {costs.CHOICES} are assumed.")
@@ -146,6 +133,38 @@ def make(config: RunConfig, delta_config: DeltaConfig, sizes: Sizes | None = Non
     plan.remarks += found.remarks
     plan.seconds = time.perf_counter() - started
     return plan
+
+
+def attach(config: RunConfig, delta_config: DeltaConfig, drawn: Blueprint) -> DeltaModel:
+    """Put a delta into a backbone without weights, as a run would, and freeze what it does not train.
+
+    Args:
+        config: The run.
+        delta_config: Its delta.
+        drawn: The backbone; where the delta cannot be put on it, it is left without one.
+
+    Raises:
+        AddressingError: If a pattern matches nothing, or what cannot carry the delta.
+        DeltaExpError: If the delta cannot be built without weights.
+    """
+    delta_model = None
+    try:
+        delta_model = AutoDeltaModel.from_config(delta_config, backbone_model=drawn.model)
+        delta_model.freeze_module(exclude=[*delta_config.unfrozen_modules, *drawn.new])
+        _check_packed(delta_model, drawn)
+        optimizers.named_rates(delta_model, config.trainer.learning_rates)
+    except Exception as error:
+        if delta_model is not None:
+            delta_model.detach()
+        # The layers of another library may want values, which the weights do not have here.
+        if delta_config.builds_on_meta or "meta" not in f"{error} {error.__cause__}":
+            raise
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise DeltaExpError(
+            f"What delta_type={delta_config.delta_type} puts into the backbone cannot be told without its weights: its "
+            f"layers are computed from them ({reason})."
+        ) from error
+    return delta_model
 
 
 def _check_packed(delta_model: DeltaModel, drawn: Blueprint) -> None:
@@ -186,8 +205,8 @@ def _in_blocks(names: list[str], model: nn.Module) -> dict[str, str]:
     return result
 
 
-def _parts(delta_model: DeltaModel, drawn: Blueprint) -> dict[str, dict[str, int]]:
-    """Return the numbers of parameters by part."""
+def parts(delta_model: DeltaModel, drawn: Blueprint) -> dict[str, dict[str, int]]:
+    """Return the numbers of parameters by part: of each in all (``total``), ``trainable`` and ``saved``."""
     own, saved = backbone_parameters(drawn.model), delta_model.delta_tensors()
     fresh = {name for name in own if any(covers(pattern, name) for pattern in drawn.new)}
     groups: dict[str, dict[str, torch.Tensor]] = {
@@ -207,7 +226,7 @@ def _parts(delta_model: DeltaModel, drawn: Blueprint) -> dict[str, dict[str, int
     }
 
 
-def _odd(delta_model: DeltaModel, model: nn.Module) -> list[str]:
+def odd(delta_model: DeltaModel, model: nn.Module) -> list[str]:
     """Return sentences on what may not be what was meant."""
     found, delta_config = [], delta_model.config
     for pattern, names in delta_model.targets.items():
