@@ -18,7 +18,7 @@ def names() -> list[str]:
     """Return the names of all commands."""
     found = {module.name.rstrip("_") for module in pkgutil.iter_modules(__path__)}
     # In the order in which a user comes to need them; what is new stands at the end.
-    order = ["plan", "pick", "eval", "predict", "verify", "push", "list", "export", "import", "compare", "structure"]
+    order = ["plan", "pick", "report", "eval", "predict", "verify", "push", "list", "export", "import", "structure"]
     return [*(name for name in order if name in found), *sorted(found - set(order))]
 
 

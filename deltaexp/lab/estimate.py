@@ -28,6 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from deltaexp.model import DeltaModel
+
 aten = torch.ops.aten
 
 DEVICES = ("cpu", "gpu")
@@ -380,3 +382,14 @@ def _counting(flops: dict[str, int], name: str, wanted: bool) -> Iterator[None]:
     with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         yield
     flops[name] = counter.get_total_flops()
+
+
+def inference_flops(delta_model: DeltaModel, batch: Mapping[str, Any]) -> dict[str, int]:
+    """Return the FLOPs of a forward pass as it is computed: of the ``backbone`` as it is, and ``with_delta``."""
+    model, found = delta_model.backbone_model, {"rows": len(next(iter(batch.values())))}
+    with torch.no_grad():
+        with _counting(found, "with_delta", True):
+            model(**batch)
+        with delta_model.detached(), _counting(found, "backbone", True):
+            model(**batch)
+    return found

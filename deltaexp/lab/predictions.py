@@ -46,6 +46,7 @@ def lines(kind: Kind, rows: Dataset, answers: Sequence[Any]) -> Iterator[dict[st
             shown = reference if "references" in rows.column_names else kind.shown(reference)
             line |= {"reference": shown}
             line |= {"reference_number": reference} if isinstance(reference, int) and shown != reference else {}
+            line |= {"group": row["group"]} if "group" in rows.column_names else {}
         yield line
 
 

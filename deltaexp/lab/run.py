@@ -27,6 +27,7 @@ from deltaexp.lab import (
     arguments,
     backbones,
     checkpoints,
+    estimate,
     modelcard,
     predictions,
     processes,
@@ -225,7 +226,10 @@ def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, 
             stored = batch(config.task.probe_rows) if config.task.probe_rows else None
             manifest = delta_model.save_finetuned(stage, backbone_name=name, probe=stored)
         with clock.phase("verify", "loading the saved delta into a fresh backbone and comparing"):
-            check = _verify(config, task, backbone, stage, batch(PROBE_ROWS), next(backbone.model.parameters()).device)
+            device = next(backbone.model.parameters()).device
+            few = {name: value.to(device) for name, value in batch(PROBE_ROWS).items()}
+            check = _verify(config, task, backbone, stage, few, device)
+            flops = estimate.inference_flops(delta_model, few)
 
         # 10. Results and card, then the folder gets its name: what is called delta is complete and verified.
         results = {
@@ -256,6 +260,7 @@ def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, 
             "seconds": clock.read(),
             "sessions": claim.record.sessions,
             "peak_memory_bytes": peak,
+            "inference_flops": flops,
             "versions": telling.versions(),
         }
         files = {
@@ -385,11 +390,10 @@ def _verify(
     fresh = backbones.moved(backbones.load(config.backbone, task).model, device)
     loaded = AutoDeltaModel.from_finetuned(folder, backbone_model=fresh)
     torch.set_rng_state(state)
-    inputs = {name: value.to(device) for name, value in probe.items()}
     logits = []
     with torch.inference_mode():
         for model in (backbone.model, fresh):
-            logits.append(probes.logits(model.eval()(**inputs)).float())
+            logits.append(probes.logits(model.eval()(**probe)).float())
     difference = float((logits[0] - logits[1]).abs().max())
     if not difference <= TOLERANCE:
         raise DeltaExpError(

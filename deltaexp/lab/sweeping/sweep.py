@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from deltaexp.errors import CheckpointError, DamagedFileError, RunError, SweepError
-from deltaexp.lab import comparison, recovery, schema, tracking
+from deltaexp.lab import recovery, report, schema, tracking
 from deltaexp.lab.sweeping import grid, record
 from deltaexp.lab.sweeping.job import LOG, Job, Result, execute
 
@@ -114,7 +114,7 @@ class Going:
                 record.update(self.folder, entries[job.identity])
         states = [entries[job.identity].status for job in self.jobs]
         if "finished" in states:
-            self.console.print(f"written to {comparison.show(self.folder)}", markup=False)
+            report.write(self.folder, self.console)
             tracking.summarise_sweep(self.folder, lambda sentence: self.console.print(sentence, style="yellow", markup=False))
         failed = [job for job in self.jobs if entries[job.identity].status == "failed"]
         if failed:

@@ -164,10 +164,10 @@ def exact_match(measured: Measured) -> dict[str, float]:
 
 
 def _among(answer: str, reference: Any) -> bool:
-    return answer.strip() in [text.strip() for text in _alternatives(reference)]
+    return answer.strip() in [text.strip() for text in alternatives(reference)]
 
 
-def _alternatives(reference: Any) -> list[str]:
+def alternatives(reference: Any) -> list[str]:
     """Return the texts that are right, of one text or a list of them."""
     return [reference] if isinstance(reference, str) else list(reference)
 
@@ -178,16 +178,16 @@ def _sources(measured: Measured) -> tuple[list[str], list[list[str]]]:
     Rows of a group ask the same, so they are answered the same; the first answer stands for all.
     """
     if measured.groups is None:
-        return list(measured.answers), [_alternatives(reference) for reference in measured.references]
+        return list(measured.answers), [alternatives(reference) for reference in measured.references]
     answers: dict[Any, str] = {}
     references: dict[Any, list[str]] = {}
     for group, answer, reference in zip(measured.groups, measured.answers, measured.references, strict=True):
         answers.setdefault(group, answer)
-        references.setdefault(group, []).extend(_alternatives(reference))
+        references.setdefault(group, []).extend(alternatives(reference))
     return list(answers.values()), list(references.values())
 
 
-def _streams(references: Sequence[Sequence[str]]) -> list[list[Any]]:
+def streams(references: Sequence[Sequence[str]]) -> list[list[Any]]:
     """Return references as sacrebleu takes them: the first of every source, the second of every source, and so on."""
     most = max(map(len, references))
     return [[texts[number] if number < len(texts) else None for texts in references] for number in range(most)]
@@ -199,7 +199,7 @@ def bleu(measured: Measured) -> dict[str, float]:
     from sacrebleu.metrics import BLEU
 
     answers, references = _sources(measured)
-    return {"bleu": BLEU().corpus_score(answers, _streams(references)).score}
+    return {"bleu": BLEU().corpus_score(answers, streams(references)).score}
 
 
 @metric
@@ -208,7 +208,7 @@ def chrf(measured: Measured) -> dict[str, float]:
     from sacrebleu.metrics import CHRF
 
     answers, references = _sources(measured)
-    return {"chrf": CHRF().corpus_score(answers, _streams(references)).score}
+    return {"chrf": CHRF().corpus_score(answers, streams(references)).score}
 
 
 @metric
@@ -275,7 +275,7 @@ def _best(measured: Measured, name: str) -> dict[str, float]:
     """Return word F1 and exact match, each with the best of a row's references; no reference means that "" is right."""
     f1s, matches = [], []
     for answer, reference in zip(measured.answers, measured.references, strict=True):
-        texts = [text for text in _alternatives(reference) if normalised(text)] or [""]
+        texts = [text for text in alternatives(reference) if normalised(text)] or [""]
         f1s.append(max(_overlap(answer, text) for text in texts))
         matches.append(max(normalised(answer) == normalised(text) for text in texts))
     return {name: float(np.mean(f1s)), f"{name}_exact_match": float(np.mean(matches))}

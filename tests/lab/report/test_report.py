@@ -1,0 +1,99 @@
+"""The report as a whole: its files, its command, and that nothing is dropped in silence."""
+
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import studies
+from rich.console import Console
+
+from deltaexp.__main__ import main
+from deltaexp.lab import report
+
+
+@pytest.fixture
+def written(study: Path, tmp_path: Path) -> Path:
+    """The folder of the report on the study, with one more run that broke off."""
+    folder = tmp_path / "study"
+    shutil.copytree(study, folder)
+    shutil.copytree(folder / "lora-1", folder / "lora-4", ignore=lambda *_: ["delta"])
+    shutil.copytree(folder / "lora-1", folder / "lora-5")
+    console = Console(file=io.StringIO())
+    assert report.write(folder, console) == folder / "report.html"
+    (tmp_path / "printed").write_text(console.file.getvalue())  # type: ignore[attr-defined]
+    return folder
+
+
+def test_the_terminal_has_the_answer(written: Path) -> None:
+    printed = (written.parent / "printed").read_text()
+    assert "t with small: accuracy on test (more is better)" in printed
+    flowing = " ".join(printed.split())
+    assert "Best on validation: full, with accuracy 0.960 on test (1 seed)." in flowing
+    assert "Not separable from it: lora, adapter." in flowing
+    assert "Worse: bitfit, none." in flowing
+    assert "lora-4 is unfinished: begun " in flowing
+    assert "lora-5 repeats a run of the same config and seed" in flowing
+    assert "report.html, with .json, .csv, .md and .tex beside it" in flowing
+
+
+def test_the_files_beside_the_page(written: Path) -> None:
+    values = json.loads((written / "report.json").read_text())
+    (board,) = values["boards"]
+    assert [method["label"] for method in board["methods"]] == ["full", "lora", "adapter", "bitfit", "none"]
+    assert board["answer"] == {
+        "chosen": "full", "better": [], "worse": ["bitfit", "none"], "same": ["lora", "adapter"], "unknown": [], "reason": None,
+    }  # fmt: skip
+    assert [other["status"] for other in values["others"]] == ["unfinished"]
+    assert len(values["runs"]) == 12
+    rows = list(csv.DictReader(io.StringIO((written / "report.csv").read_text())))
+    assert len(rows) == 12
+    assert {row["method"] for row in rows} == {"full", "lora", "adapter", "bitfit", "none", ""}  # the last is the repeat
+    assert [float(row["score"]) for row in rows if row["name"] == "bitfit-2"] == [0.69]
+    text = (written / "report.md").read_text()
+    assert "| full | 1 | 0.960 | – | – |" in text
+    assert "| lora | adapter | 0.000 | " in text
+    assert "not separable" in text
+    assert "- lora-4 is unfinished" in text
+    table = (written / "report.tex").read_text()
+    assert table.count(r"\toprule") == table.count(r"\midrule") == table.count(r"\bottomrule") == 1
+    assert r"95 \% interval" in table
+
+
+def test_latex_and_markdown_hold_any_name(real_run: Path, tmp_path: Path) -> None:
+    for name in (r"a_b & c\d{e}", "x|y#z^~"):
+        studies.grown(real_run, tmp_path / "runs" / str(hash(name)), "lora", 1, range(9), config={"task.name": name, "a": name})
+        studies.grown(real_run, tmp_path / "runs" / str(hash(name) + 1), "lora", 1, range(9), config={"task.name": name})
+    report.write(tmp_path / "runs", Console(file=io.StringIO()))
+    table = (tmp_path / "runs" / "report.tex").read_text()
+    assert r"a\_b \& c\textbackslash{}d\{e\}" in table
+    assert r"x|y\#z\textasciicircum{}\textasciitilde{}" in table
+    assert r"a=x\|y#z" in (tmp_path / "runs" / "report.md").read_text()
+
+
+def test_a_sweep_of_failures_is_told(tmp_path: Path) -> None:
+    job = {"folder": "0", "identity": "a", "overrides": {}, "status": "failed", "error": "RunError: no", "seconds": 1.0}
+    (tmp_path / "sweep.json").write_text(json.dumps({"format": 1, "command": "x", "overrides": [], "jobs": [job]}))
+    console = Console(file=io.StringIO())
+    page = report.write(tmp_path, console).read_text()
+    assert "0 is failed: RunError: no" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "RunError: no" in page
+
+
+def test_the_command(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["report", str(study), str(study / "lora-1"), "best=true", f"out={out}"]) == 0
+    assert str(out / "report.html") in capsys.readouterr().out.replace("\n", "")
+    assert {path.name for path in out.iterdir()} == {f"report.{ending}" for ending in ("html", "json", "csv", "md", "tex")}
+    for words, said in (
+        (["report"], "takes the folders"),
+        (["report", "a", "b"], "add out=FOLDER"),
+        (["report", "a", "worst=true"], "best"),
+        (["report", "a", "best=maybe"], "must be true or false"),
+    ):
+        assert main(words) == 2
+        assert said in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "nowhere")]) == 1
+    assert "There is no folder" in capsys.readouterr().err
