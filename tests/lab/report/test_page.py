@@ -63,21 +63,31 @@ def names(tab: Any) -> list[str]:
     return [text.split("\n")[0].split(" ")[0] for text in column(tab, 1)]
 
 
+def charts(tab: Any) -> list[Any]:
+    """Return the charts, which are drawn when one comes to them."""
+    found = tab.locator(".board .chart").all()
+    for chart in found:
+        chart.scroll_into_view_if_needed()
+        chart.locator(".xtitle").wait_for()
+    return found
+
+
 def test_it_works_without_network(page: str, new_page: Callable[..., Any]) -> None:
     tab = new_page(network=False)
     tab.goto(page)
     assert visible(tab, ".board h2") == ["other with small", "t with small"]
     assert names(tab) == ["full", "lora", "adapter", "bitfit", "none"]
     assert "Not separable from it: lora · lora_r=8, adapter." in tab.locator(".board .answer").nth(1).inner_text()
-    tab.locator(".board").nth(1).scroll_into_view_if_needed()
-    tab.wait_for_function("document.querySelectorAll('.board .chart .main-svg').length >= 6")
+    for chart in charts(tab):
+        assert chart.locator(".xtitle").is_visible()
     # Both baselines are drawn into the scores.
-    drawn = tab.locator(".board").nth(1).locator("[data-chart=scores] .annotation-text").all_inner_texts()
+    drawn = tab.locator(".board").nth(1).locator("[data-chart=scores] .annotation-text").all_text_contents()
     assert sorted(drawn) == ["full", "none"]
     assert tab.evaluate("window.hurt") is None
     assert HOSTILE in tab.locator("#aside").inner_text()
 
 
+@pytest.mark.slow
 def test_filters(page: str, new_page: Callable[..., Any]) -> None:
     tab = new_page()
     tab.goto(page)
@@ -98,6 +108,7 @@ def test_filters(page: str, new_page: Callable[..., Any]) -> None:
     assert tab.locator("#nothing").is_visible()
 
 
+@pytest.mark.slow
 def test_sorting_by_mouse_and_keyboard(page: str, new_page: Callable[..., Any]) -> None:
     tab = new_page()
     tab.goto(page)
@@ -117,6 +128,7 @@ def test_sorting_by_mouse_and_keyboard(page: str, new_page: Callable[..., Any]) 
     assert names(tab)[-2:] == ["full", "none"]  # what is not known comes last, whichever way
 
 
+@pytest.mark.slow
 def test_every_number_leads_to_its_run(page: str, study: Path, new_page: Callable[..., Any]) -> None:
     tab = new_page()
     tab.goto(page)
@@ -140,6 +152,7 @@ def test_every_number_leads_to_its_run(page: str, study: Path, new_page: Callabl
     assert pane.is_visible()
 
 
+@pytest.mark.slow
 def test_pairs_against_one(page: str, new_page: Callable[..., Any]) -> None:
     tab = new_page()
     tab.goto(page)
@@ -153,14 +166,13 @@ def test_pairs_against_one(page: str, new_page: Callable[..., Any]) -> None:
     assert any("lora · lora_r=8 is better" in row and "bitfit" in row for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone(page: str, scheme: str, new_page: Callable[..., Any]) -> None:
     """Nothing but the tables themselves is wider than the page, and text stands out from its ground."""
     tab = new_page(width=360, height=740, color_scheme=scheme)
     tab.goto(page)
-    for place in range(2):
-        tab.locator(".board").nth(place).scroll_into_view_if_needed()
-    tab.wait_for_function("document.querySelectorAll('.board .chart .main-svg').length >= 6")
+    assert len(charts(tab)) == 6
     assert tab.evaluate("document.documentElement.scrollWidth") == 360
     ground, ink = (tab.evaluate(f"getComputedStyle(document.body).{name}") for name in ("backgroundColor", "color"))
     light, dark = (sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (ground, ink))

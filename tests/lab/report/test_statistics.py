@@ -131,6 +131,7 @@ def test_what_never_differs() -> None:
     assert found.p == 2.0**-19
 
 
+@pytest.mark.slow
 def test_it_claims_as_seldom_as_it_says() -> None:
     """Of methods that are alike in truth, about five in a hundred are told apart at 95 %, before any correction."""
     rng = np.random.default_rng(11)
