@@ -226,10 +226,8 @@ def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, 
             stored = batch(config.task.probe_rows) if config.task.probe_rows else None
             manifest = delta_model.save_finetuned(stage, backbone_name=name, probe=stored)
         with clock.phase("verify", "loading the saved delta into a fresh backbone and comparing"):
-            device = next(backbone.model.parameters()).device
-            few = {name: value.to(device) for name, value in batch(PROBE_ROWS).items()}
-            check = _verify(config, task, backbone, stage, few, device)
-            flops = estimate.inference_flops(delta_model, few)
+            few = {name: value.to(backbone.model.device) for name, value in batch(PROBE_ROWS).items()}
+            check = _verify(config, task, backbone, stage, few)
 
         # 10. Results and card, then the folder gets its name: what is called delta is complete and verified.
         results = {
@@ -260,7 +258,7 @@ def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, 
             "seconds": clock.read(),
             "sessions": claim.record.sessions,
             "peak_memory_bytes": peak,
-            "inference_flops": flops,
+            "inference_flops": estimate.inference_flops(delta_model, few),
             "versions": telling.versions(),
         }
         files = {
@@ -378,16 +376,14 @@ def _batch(kind: Kind, model: Any, split: Split, count: int) -> Any:
     return kind.inputs(kind.collator(model)([rows[index] for index in range(min(count, len(rows)))]))
 
 
-def _verify(
-    config: RunConfig, task: TaskConfig, backbone: backbones.Backbone, folder: Path, probe: Any, device: torch.device
-) -> dict[str, Any]:
+def _verify(config: RunConfig, task: TaskConfig, backbone: backbones.Backbone, folder: Path, probe: Any) -> dict[str, Any]:
     """Load the delta into a fresh backbone and compare its logits with the trained model's.
 
     Raises:
         DeltaExpError: If they differ by more than the tolerance.
     """
     state = torch.get_rng_state()
-    fresh = backbones.moved(backbones.load(config.backbone, task).model, device)
+    fresh = backbones.moved(backbones.load(config.backbone, task).model, backbone.model.device)
     loaded = AutoDeltaModel.from_finetuned(folder, backbone_model=fresh)
     torch.set_rng_state(state)
     logits = []
