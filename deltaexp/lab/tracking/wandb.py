@@ -52,8 +52,8 @@ class WandbTracker(Tracker):
         sessions = wandb_file.earlier(folder)
         self.run = _init(config, folder, say, "train", title(described), described)
         # What W&B has it does not take back; of a run that is continued online it knows the last step itself.
-        self.told = {"train": self.run.starting_step - 1, "eval": self.run.starting_step - 1}
-        self.told |= wandb_file.last_steps(sessions)
+        kept, there = wandb_file.last_steps(sessions), self.run.starting_step - 1
+        self.told = {part: max(there, kept.get(part, -1)) for part in ("train", "eval")}
 
     def write(self, part: str, values: Mapping[str, float], step: int) -> None:
         """Log a point of each curve."""
@@ -168,7 +168,7 @@ def _init(
         )
 
     try:
-        return init("offline" if _unreachable else config.mode)
+        return init("offline" if _unreachable and config.mode in (None, "online") else config.mode)
     except (wandb.errors.CommError, wandb.errors.UsageError) as error:
         if config.mode in ("offline", "disabled"):
             raise

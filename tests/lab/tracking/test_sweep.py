@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 from logs import wandb_logs
+from tracked import DATES
 
+from deltaexp.__main__ import main
 from deltaexp.checksum import file_sha256
 from deltaexp.lab import tracking
 from deltaexp.lab.run import Outcome
@@ -71,3 +73,21 @@ def test_a_fault_is_told_and_stops_nothing(runs: Path) -> None:
     tracking.summarise_sweep(runs, said.append)
     (sentence,) = said
     assert sentence.startswith("Weights & Biases failed and is left out from here on: ")
+
+
+@pytest.mark.slow
+def test_a_sweep_is_one_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    folder = tmp_path / "study"
+    words = [*DATES, "tracker=wandb", "tracker.mode=offline", "task.train_rows=8", f"hydra.sweep.dir={folder}"]
+    assert main(["-m", "delta_type=lora,bitfit", *words]) == 0
+    places = [folder, *(path.parent for path in folder.glob("*/run.json"))]
+    logs = [log for place in places for log in wandb_logs(place)]
+    assert [(log.run.run_group, log.run.job_type) for log in logs] == [("study", kind) for kind in ("sweep", "train", "train")]
+    rows = {row["delta_type"]: row for row in logs[0].table("runs")}
+    assert {name: row["run"] for name, row in rows.items()} == {
+        log.config["delta_type"]: p.name for log, p in zip(logs[1:], places[1:], strict=True)
+    }
+    # Once more, the sweep is done already, and its table goes on in the same run.
+    assert main(["-m", "delta_type=lora,bitfit", *words]) == 0
+    assert len({log.run.run_id for log in wandb_logs(folder)}) == 1
