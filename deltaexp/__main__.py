@@ -74,7 +74,7 @@ def _run(words: list[str]) -> int:
     from deltaexp.lab.sweeping import grid, sweep
 
     options = get_args_parser().parse_args(words)
-    search_path = [os.path.abspath(options.config_dir)] if options.config_dir else []
+    search_path = commands.search_path(options.config_dir)
     if not OmegaConf.has_resolver("short_id"):
         OmegaConf.register_new_resolver("short_id", lambda: os.urandom(3).hex(), use_cache=True)
     if not (options.hydra_help or options.info or options.shell_completion):

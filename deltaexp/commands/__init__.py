@@ -5,6 +5,7 @@ A module imports torch and what needs it inside of ``main``, after it has checke
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import pkgutil
 from collections.abc import Iterable, Sequence
@@ -51,6 +52,29 @@ def parted(words: Sequence[str], command: str, known: Iterable[str] = (), places
             f"{command} takes {len(places.split())} words and {len(found)} were given; write: deltaexp {command} {places}{keys}"
         )
     return found, options
+
+
+def search_path(folder: str | None) -> list[str]:
+    """Return the folder that ``--config-dir`` names, with all of its path, in a list; an empty one where there is none.
+
+    Raises:
+        ConfigError: If there is no such folder.
+    """
+    if folder is not None and not Path(folder).is_dir():
+        raise ConfigError(f"--config-dir names {folder!r}, and there is no such folder.")
+    return [] if folder is None else [str(Path(folder).absolute())]
+
+
+def searched(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Part ``--config-dir FOLDER``, as Hydra has it, from what was typed; return the other words, and `search_path`.
+
+    Raises:
+        ConfigError: If there is no such folder.
+    """
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options.add_argument("--config-dir", "-cd")
+    found, others = options.parse_known_args(words)
+    return others, search_path(found.config_dir)
 
 
 def switch(options: dict[str, str], key: str) -> bool | None:

@@ -5,13 +5,13 @@
   deltaexp plan ... rows=67349                                  rows of the training split, for the number of steps
   deltaexp plan ... json=true                                   the same for programs
 
-It takes every key of a run. Of the backbone no more than its config is read. Memory is that of PyTorch's tensors at their peak,
-found by computing one step, forward, backward and optimizer, on tensors without values.
+It takes every key of a run, and --config-dir FOLDER. Of the backbone only its config is read. Memory is that of PyTorch's
+tensors at their peak, found by computing one step, forward, backward and optimizer, on tensors without values.
 """
 
 from __future__ import annotations
 
-from deltaexp.commands import switch
+from deltaexp.commands import searched, switch
 from deltaexp.errors import ConfigError
 
 USAGE = "plan KEY=VALUE ...    what a run would train, the memory and FLOPs it would take, before weights are loaded"
@@ -26,7 +26,8 @@ def main(words: list[str]) -> int:
     options = dict(word.split("=", 1) for word in words if "=" in word and word.split("=", 1)[0] in OWN)
     as_json = bool(switch(options, "json"))
     numbers = {key: _number(key, options[key]) for key in NUMBERS if key in options}
-    config, delta_config = schema.composed([word for word in words if word.split("=", 1)[0] not in OWN])
+    others, folders = searched([word for word in words if word.split("=", 1)[0] not in OWN])
+    config, delta_config = schema.composed(others, folders)
     from deltaexp.lab import plan
     from deltaexp.lab.costs import Sizes
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from deltaexp.commands import searched
+
 USAGE = "structure backbone=...    show the names that modified_modules may use on a backbone"
 
 
@@ -9,7 +11,7 @@ def main(words: list[str]) -> int:
     """Print the names; every key of a run may be given."""
     from deltaexp.lab import schema
 
-    run_config, _ = schema.composed(words)
+    run_config, _ = schema.composed(*searched(words))
     from deltaexp.lab.inspecting import show
 
     show(run_config)

@@ -11,6 +11,8 @@ import pytest
 from hub_fixtures import TOKEN, hub_env
 from safetensors import safe_open
 
+from deltaexp.__main__ import main
+
 
 def deltaexp(*words: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Run ``python -m deltaexp`` in a folder that is not the checkout."""
@@ -83,3 +85,16 @@ def test_a_sweep_makes_verified_deltas_and_a_push_later_works(tmp_path: Path, hu
     assert "Pushed and verified" in pushed.stdout
     assert set(hub.read("DeltaHub/from-a-test")) >= {"config.json", "delta_model.safetensors", "manifest.json", "README.md"}
     assert TOKEN not in done.stdout + done.stderr + pushed.stdout + pushed.stderr
+
+
+def test_a_folder_of_configs_is_for_plan_and_structure_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine/backbone").mkdir(parents=True)
+    (tmp_path / "mine/backbone/other.yaml").write_text("name: other\nsource: embedded:tiny_t5\ntokenizer: byt5\n")
+    folder = str(tmp_path / "mine")
+    for words in (["structure", "--config-dir", folder], ["structure", f"--config-dir={folder}"], ["structure", "-cd", folder]):
+        assert main([*words, "backbone=other"]) == 0
+    assert main(["plan", "--config-dir", folder, "backbone=other", "length=8", "target_length=4"]) == 0
+    assert "attn.q" in capsys.readouterr().out
+    for command in ([], ["plan"], ["structure"]):
+        assert main([*command, "--config-dir", str(tmp_path / "none"), "backbone=other"]) == 2
+        assert "there is no such folder" in capsys.readouterr().err

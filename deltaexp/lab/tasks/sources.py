@@ -38,7 +38,7 @@ def load(task: TaskConfig) -> tuple[dict[str, Dataset], list[str]]:
             loaded = _folder(path, task)
         elif path.exists():
             loaded = _files({task.train_split: path}, task)
-        elif task.data.startswith((".", "/", "~")) or task.data.count("/") > 1:
+        elif task.data.startswith((".", "/", "~")) or task.data.count("/") > 1 or path.suffix.lower() in FORMATS:
             raise TaskError(f"There is no folder or file {task.data!r} to load the data of task {task.name!r} from.")
         else:
             loaded, notes = _from_hub(task)

@@ -84,6 +84,8 @@ def test_an_empty_split(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match="no folder or file"):
         data.load(task(tmp_path / "nowhere"), Classification, progress=False)
+    with pytest.raises(TaskError, match="no folder or file 'rows.csv'"):  # and the Hub is not asked for it
+        data.load(task("rows.csv"), Classification, progress=False)
     with pytest.raises(TaskError, match="Did you mean 'dates'"):
         data.load(task("generated:date"), Classification, progress=False)
     (tmp_path / "x.xyz").write_text("1")
