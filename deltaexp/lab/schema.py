@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import sys
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import make_dataclass
@@ -27,6 +28,11 @@ from deltaexp.errors import ConfigError, did_you_mean, listing, unknown
 from deltaexp.lab import config as lab_config
 from deltaexp.lab.config import RunConfig
 from deltaexp.registry import DeltaConfig
+
+# Hydra takes plugins only from packages of the name hydra_plugins, which it looks for in all of these folders.
+PLUGINS = str(Path(__file__).resolve().parents[1] / "plugins")
+if PLUGINS not in sys.path:
+    sys.path.append(PLUGINS)
 
 GROUPS = ("delta_type", "backbone", "task", "trainer", "hub", "tracker", "experiment")
 """The config groups, in the order of ``conf/config.yaml``'s defaults list."""

@@ -27,7 +27,7 @@ PATIENCE = 1.0
 
 
 class Runs(Protocol):
-    """What a launcher of deltaexp does (`hydra_plugins.deltaexp_sweeping.JobLauncher`)."""
+    """What a launcher of deltaexp does (`plugins/hydra_plugins/deltaexp_sweeping.py`)."""
 
     at_once: int | None
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
-
 from hydra_plugins.deltaexp_sweeping import JobLauncher
+from omegaconf import OmegaConf
 
 if TYPE_CHECKING:
     from deltaexp.lab.sweeping.job import Job, Result
