@@ -129,8 +129,14 @@ class Board:
         return [run for method in self.methods for run in method.runs]
 
     def best(self, methods: Iterable[Method] | None = None) -> Method:
-        """Return the method that is best on the validation split; the test split has no say in choices."""
-        return max(self.methods if methods is None else methods, key=lambda method: self.signed(method.validation))
+        """Return the method that is best on the validation split; the test split has no say in choices.
+
+        Args:
+            methods: To choose from; where none are given all, without the baselines if there is anything else.
+        """
+        if methods is None:
+            methods = [method for method in self.methods if not method.baseline] or self.methods
+        return max(methods, key=lambda method: self.signed(method.validation))
 
     def signed(self, score: float) -> float:
         """Return a score so that more is better."""

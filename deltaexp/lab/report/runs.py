@@ -13,13 +13,12 @@ from typing import Any
 
 import yaml
 
-from deltaexp.checkpoint import RESULTS, WEIGHTS
 from deltaexp.errors import CheckpointError, DeltaExpError, RunError, listing
 from deltaexp.lab.recovery import CHECKPOINTS, DELTA, NO_MATTER, RECORD, Record, busy
 from deltaexp.redaction import redact
 
-SWEEP = "sweep.json"
-PREDICTIONS = "predictions.jsonl"
+SWEEP, RESULTS, WEIGHTS, PREDICTIONS = "sweep.json", "results.json", "delta_model.safetensors", "predictions.jsonl"
+"""Names of files, which the modules that write them name, too; those need torch or more."""
 ASIDE = (*NO_MATTER, "seed", "seeds", "delta_type", "task.name", "backbone.name")
 """Keys and sections of a config by which runs of one method may differ, or that a report has a column for."""
 

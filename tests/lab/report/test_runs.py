@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 import studies
 
+from deltaexp import checkpoint
 from deltaexp.errors import CheckpointError
+from deltaexp.lab import predictions
 from deltaexp.lab.report import runs
+from deltaexp.lab.sweeping import record
 
 
 def test_a_trained_run_is_read_whole(real_run: Path) -> None:
@@ -66,6 +69,11 @@ def test_what_came_to_no_end_is_told(real_run: Path, tmp_path: Path) -> None:
     assert told["sweep/6"] == ("waiting", "no more is known")
     (folder / "sweep.json").write_text("[]")
     assert ("sweep/sweep.json", "unreadable") in [(other.name, other.status) for other in runs.collect([tmp_path]).others]
+
+
+def test_files_are_those_that_are_written() -> None:
+    assert (runs.RESULTS, runs.WEIGHTS) == (checkpoint.RESULTS, checkpoint.WEIGHTS)
+    assert (runs.SWEEP, runs.PREDICTIONS) == (record.FILE, predictions.PREDICTIONS)
 
 
 def test_secrets_stay_out(real_run: Path, tmp_path: Path) -> None:

@@ -182,6 +182,8 @@
     const middle = cost.log ? Math.sqrt(least * most) : most / 2;
     const front = board.methods.map((method) => ({ method })).filter((one) => fits(one) && one.method.fronts.includes(name))
       .sort((a, b) => cost.of(a.method) - cost.of(b.method));
+    // Names of neighbours on the front keep out of each other's way.
+    const above = (price) => front.filter(({ method }) => !method.baseline && cost.of(method) < price).length % 2 === 0;
     return {
       data: [
         {
@@ -196,7 +198,7 @@
           },
           // Named on the chart: what is on the front; the rest by pointing at it.
           text: points.map(({ method }) => (method.baseline || !method.fronts.includes(name) ? "" : narrow() ? method.delta_type : short(method.label))),
-          textposition: prices.map((price) => (price >= middle ? "top left" : "top right")),
+          textposition: prices.map((price) => `${above(price) ? "top" : "bottom"} ${price >= middle ? "left" : "right"}`),
           textfont: { size: 11, color: token("--soft") }, cliponaxis: false,
           hovertext: points.map(({ method }) => `${method.label}<br>${number(method.mean)} for ${cost.of(method).toLocaleString("en", { maximumFractionDigits: 1 })}`),
           hovertemplate: "%{hovertext}<extra></extra>", customdata: points.map(({ id }) => `method/${id}`),
