@@ -203,7 +203,7 @@ def _help(words: list[str]) -> str:
     from deltaexp.lab import schema
 
     lines = [_usage()]
-    for group in schema.GROUPS:
+    for group in (*schema.GROUPS, *schema.HYDRA_GROUPS):
         lines.append(f"{group}=")
         found = schema.choices(group)
         width = max(map(len, found), default=0)

@@ -42,7 +42,7 @@ wait_for() { # WHAT COMMAND...: until it succeeds, for half a minute
 
 configure() {
     local cpus memory
-    cpus=$(nproc)
+    cpus=$(getconf _NPROCESSORS_ONLN)
     memory=$(awk '/^MemTotal/ {print int($2 / 1024 * 0.9)}' /proc/meminfo)
     # Jobs of one user share the node by cores and memory. A job that is preempted, or whose node fails, goes back into the
     # queue, and may begin again at once: no power saving, no grace between states.
@@ -66,7 +66,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
 ReturnToService=2
-KillWait=5
+KillWait=1
 MinJobAge=600
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none

@@ -36,6 +36,8 @@ if PLUGINS not in sys.path:
 
 GROUPS = ("delta_type", "backbone", "task", "trainer", "hub", "tracker", "experiment")
 """The config groups, in the order of ``conf/config.yaml``'s defaults list."""
+HYDRA_GROUPS = ("hydra/sweeper", "hydra/launcher")
+"""Groups of Hydra's that deltaexp has choices for."""
 FREE_OF_HYDRA = tuple(
     f"hydra.{section}"
     for section in (
@@ -75,10 +77,10 @@ def register_schemas(search_path: Sequence[str] = ()) -> None:
     """Tell Hydra the type of the root config for every delta type: its own keys and those of a run, flat."""
     store = ConfigStore.instance()
     Plugins.instance()  # has stored what the plugins of other packages bring along
-    for kind in ("launcher", "sweeper"):
+    for group in HYDRA_GROUPS:
         # Hydra would take one of the same name for the schema of deltaexp's own.
-        for path in (config_dir() / "hydra" / kind).glob("*.yaml"):
-            store.repo.get("hydra", {}).get(kind, {}).pop(path.name, None)
+        for path in (config_dir() / group).glob("*.yaml"):
+            store.repo.get("hydra", {}).get(group.partition("/")[2], {}).pop(path.name, None)
     for name in registry.known():
         config_class = registry.get(name)
         if _stored.get(name) is not config_class:  # storing takes time, and a sweep composes many configs
@@ -233,6 +235,21 @@ def check_keys(overrides: Sequence[Override], search_path: Sequence[str] = ()) -
         check_path(key, [delta_type] if delta_type in registry.known() else registry.known())
         if override.is_add() or override.is_force_add() or override.is_delete():
             raise ConfigError(f"{override.input_line!r}: the config has fixed keys; write {key}=VALUE to set one.")
+
+
+def check_plugins(overrides: Sequence[Override]) -> None:
+    """Check that Hydra knows the sweeper and the launcher that are asked for.
+
+    Raises:
+        ConfigError: If it does not; the message names the nearest.
+    """
+    for override in overrides:
+        key = override.key_or_group
+        if key in HYDRA_GROUPS and not override.is_sweep_override():
+            others = ConfigStore.instance().repo.get("hydra", {}).get(key.partition("/")[2], {})  # of other packages
+            known = {*choices(key), *(name.removesuffix(".yaml") for name in others)}
+            if str(override.value()) not in known:
+                raise ConfigError(unknown(key, str(override.value()), known))
 
 
 def check_path(key: str, delta_types: Sequence[str]) -> None:

@@ -104,6 +104,7 @@ def plan(words: tuple[str, ...], search_path: tuple[str, ...] = ()) -> Plan | No
     parsed = schema.parse(words)
     groups = [override for override in parsed if not override.is_hydra_override()]
     schema.check_keys(groups, search_path)
+    schema.check_plugins(parsed)
     root = schema.compose_root(words, search_path, return_hydra_config=True)
     if root.hydra.sweeper.get("_target_") != SWEEPER:
         return None

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 SUMMARY, TRIALS, FINAL = "search.json", "trials", "final"
-OF_TRIALS = ("task.test_split=null", "trainer.evaluate_before=false")
-"""What a trial does without, unless it is typed: the test split, and the backbone as it is."""
+OF_TRIALS = ("task.test_split=null", "trainer.evaluate_before=false", "hub.push=false")
+"""What a trial does without: the test split, the backbone as it is, and the Hub. The final runs have what was asked for."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,9 @@ class Options:
 
     def __post_init__(self) -> None:
         for name in ("n_trials", "n_jobs"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"hydra.sweeper.{name} is {getattr(self, name)}; it must be at least 1.")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"hydra.sweeper.{name} is {value!r}; it must be a whole number from 1.")
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Planned:
     label: str
     """What tells it from the others."""
     words: tuple[str, ...]
-    """The overrides that all of its trials share."""
+    """The overrides that all of its runs share."""
     base: Job
     """The trial that the config describes without a search."""
     space: Mapping[str, BaseDistribution]
@@ -77,7 +78,7 @@ def plan(asked: grid.Asked, per: Sequence[str], search_path: Sequence[str] = ())
         ConfigError: If one of them cannot be searched.
     """
     needed()
-    given, keys = asked.given.values(), asked.given.keys()
+    given = asked.given.values()
     split = [o for o in given if o.key_or_group in per and o.is_discrete_sweep()]
     rest = [o for o in given if o not in split]
     seeds = [o.key_or_group for o in rest if o.is_sweep_override() and o.key_or_group.split(".")[0] in ("seed", "seeds")]
@@ -96,8 +97,9 @@ def plan(asked: grid.Asked, per: Sequence[str], search_path: Sequence[str] = ())
         own = [o for o in rest if o.key_or_group in schema.GROUPS or schema.owns(delta_type, o.key_or_group)]
         fixed = [grid.each_value(o)[0] for o in own if not o.is_sweep_override()]
         searched = [o for o in own if o.is_sweep_override()]
-        words = (*values, *fixed, *(word for word in OF_TRIALS if word.split("=", 1)[0] not in keys))
-        base = grid.job(words, search_path)
+        words = (*values, *fixed)
+        grid.job(words, search_path)  # what the final runs will be is checked, too
+        base = grid.job([*words, *OF_TRIALS], search_path)
         says = {**_flat(recovery.describe(base.run, base.delta)), **_groups(base)}
         distributions = {o.key_or_group: space.distribution(o, says.get(o.key_or_group)) for o in searched}
         label = " ".join(word.split("=", 1)[1] for word in values) or delta_type
@@ -166,6 +168,8 @@ def search(config: DictConfig, launcher: Any, arguments: Sequence[str], options:
         console.print("no trial is pruned: there is no evaluation while training (trainer.eval_every)")
     going = _Trials(folder / TRIALS, launcher, console, command, words)
     stopped = going.go(studies, options.n_jobs)
+    if any(one.study.best() for one in studies):
+        sweep.show(folder / TRIALS, console)
     _tell(studies, folder, console)
     if stopped:
         raise SweepError("The search stopped at a trial that failed, for fail_fast=true.")
@@ -174,6 +178,8 @@ def search(config: DictConfig, launcher: Any, arguments: Sequence[str], options:
         raise SweepError(f"No trial of {listing(spent)} went to the end. What failed is in {str(folder / TRIALS)!r}.")
     if options.final_seeds:
         _measure(studies, options.final_seeds, folder / FINAL, launcher, console, command, words)
+    else:
+        console.print("To measure what was chosen on the test split, over seeds, add hydra.sweeper.final_seeds=[1,2,3].")
 
 
 def _name(planned: Sequence[Planned], given: Mapping[str, Override]) -> str:
@@ -220,26 +226,24 @@ class _Searched:
 
     def job(self, params: Mapping[str, Any]) -> Job:
         """Return the job of a trial."""
-        job = grid.job([*self.planned.words, *space.words(params)], self.search_path)
+        job = grid.job([*self.planned.words, *OF_TRIALS, *space.words(params)], self.search_path)
         return dataclasses.replace(job, sweep=str(self.folder), again=self.command)
 
     def final(self, seed: int, folder: Path) -> Job:
         """Return the job of the best trial's values with another seed, which is measured on the test split."""
         best = self.study.best()
         assert best is not None
-        kept = [word for word in self.planned.words if word not in OF_TRIALS and word.split("=", 1)[0] != "seed"]
-        job = grid.job([*kept, *space.words(best.params), f"seed={seed}"], self.search_path)
+        job = grid.job([*self.planned.words, *space.words(best.params), f"seed={seed}"], self.search_path)
         return dataclasses.replace(job, sweep=str(folder), again=self.command)
 
     def settle(self, number: int, job: Job, entry: record.Entry) -> bool:
         """Note what came of a trial, and say whether anything did."""
-        from deltaexp.checkpoint import RESULTS
-
-        path = job.path / recovery.DELTA / RESULTS
         found = recovery.Record.read(job.path)
-        if path.exists():
-            metrics = json.loads(path.read_text(encoding="utf-8"))["metrics"]
-            self.study.tell(number, "complete", metrics.get("validation", metrics["after"])[self.metric])
+        if (job.path / recovery.DELTA).exists():
+            measured = _results(job)["metrics"]["after"]  # on the validation split
+            if self.metric not in measured:
+                raise ConfigError(unknown("trainer.metric", self.metric, measured))
+            self.study.tell(number, "complete", measured[self.metric])
         elif found is not None and found.pruned:
             self.study.tell(number, "pruned", found.pruned["value"])
         elif entry.status == "failed":
@@ -273,7 +277,8 @@ class _Trials:
         while batch := [(one, trial) for one in studies for trial in one.next(n_jobs)]:
             jobs = [one.job(trial.params) for one, trial in batch]
             for (one, trial), job in zip(batch, jobs, strict=True):
-                one.study.hand_out(trial.number, job.path, one.metric)
+                if not (job.path / recovery.DELTA).exists():
+                    one.study.hand_out(trial.number, job.path, one.metric)
                 values = " ".join(f"{key}={_short(value)}" for key, value in trial.params.items())
                 done = f"{one.label}: trial {len(one.study.trials)} of {one.study.budget}"
                 self.console.print(f"{done}: {values}", markup=False)
@@ -316,7 +321,7 @@ def _tell(studies: Sequence[_Searched], folder: Path, console: Console) -> None:
                 "study": one.label, "metric": one.metric, "greater_is_better": one.study.maximise, "trials": len(trials),
                 "pruned": states.count("pruned"), "failed": states.count("fail"),
                 "best": None if best is None else {**dataclasses.asdict(best), "folder": one.job(best.params).folder},
-                "overrides": [*(word for word in one.planned.words if word not in OF_TRIALS), *words],
+                "overrides": [*one.planned.words, *words],
             }
         )  # fmt: skip
         value = "" if best is None else f"{best.value:.4f}"
@@ -344,16 +349,17 @@ def _measure(
     going.go(launcher)
     going.finish()
     for one in studies:
-        scores = [_score(job) for other, job in jobs if other is one]
+        found = [_results(job) for other, job in jobs if other is one]
+        metric, split = found[0]["task_metric"], found[0]["evaluated_on"]
+        scores = [results["metrics"]["after"][metric] for results in found]
         spread = f" ± {stdev(scores):.4f}" if len(scores) > 1 else ""
-        console.print(f"{one.label}: {fmean(scores):.4f}{spread} over {len(scores)} seeds", markup=False)
+        console.print(f"{one.label}: {metric} {fmean(scores):.4f}{spread} on {split} over {len(scores)} seeds", markup=False)
 
 
-def _score(job: Job) -> float:
+def _results(job: Job) -> dict[str, Any]:
     from deltaexp.checkpoint import RESULTS
 
-    found = json.loads((job.path / recovery.DELTA / RESULTS).read_text(encoding="utf-8"))
-    return float(found["metrics"]["after"][found["task_metric"]])
+    return json.loads((job.path / recovery.DELTA / RESULTS).read_text(encoding="utf-8"))
 
 
 def options_of(values: Mapping[str, Any]) -> Options:

@@ -114,8 +114,7 @@ class Going:
                 record.update(self.folder, entries[job.identity])
         states = [entries[job.identity].status for job in self.jobs]
         if "finished" in states:
-            report.write(self.folder, self.console)
-            tracking.summarise_sweep(self.folder, lambda sentence: self.console.print(sentence, style="yellow", markup=False))
+            show(self.folder, self.console)
         failed = [job for job in self.jobs if entries[job.identity].status == "failed"]
         if failed:
             lines = [f"  {self._label(job)}: {entries[job.identity].error} ({job.path / LOG})" for job in failed]
@@ -187,6 +186,12 @@ class Going:
             return ""
         seconds = (time.perf_counter() - self.start) / self.executed * left
         return f", about {seconds:.0f} s left" if seconds < 90 else f", about {seconds / 60:.0f} min left"
+
+
+def show(folder: Path, console: Console) -> None:
+    """Put the finished runs of a sweep side by side, and tell the trackers of them."""
+    report.write(folder, console)
+    tracking.summarise_sweep(folder, lambda sentence: console.print(sentence, style="yellow", markup=False))
 
 
 def _free(path: Path) -> Path:
