@@ -30,7 +30,7 @@ ORDER = [
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
-SWEEPING = {f"lab/sweeping/{name}.py" for name in ("grid", "search", "space", "sweep")}
+SWEEPING = {f"lab/sweeping/{name}.py" for name in ("design", "grid", "search", "space", "sweep")}
 SWEEPING |= {f"plugins/hydra_plugins/deltaexp_{name}.py" for name in ("launching", "search", "sweeping")}
 FENCES = {
     "hydra": {"lab/schema.py", "lab/wording.py", *SWEEPING, "__main__.py"},

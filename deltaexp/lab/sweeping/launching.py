@@ -59,16 +59,24 @@ def in_processes(jobs: Sequence[Job], n_jobs: int) -> Results:
     Args:
         jobs: What to execute.
         n_jobs: The number of processes; -1 is one for each core.
+
+    Raises:
+        ConfigError: If it is none.
     """
-    from joblib import Parallel, delayed, parallel_config
+    if not isinstance(n_jobs, int) or (n_jobs < 1 and n_jobs != -1):
+        raise ConfigError(
+            f"hydra.launcher.n_jobs is {n_jobs!r}; it must be a whole number from 1, or -1 for one for each core."
+        )
+    from joblib import Parallel, cpu_count, delayed
 
     waiting, suspects = dict(enumerate(jobs)), list[int]()
     while waiting:
         # Where a process died, each job that was being executed may be why: they go on one by one, so that it shows.
         batch = suspects[:1] or list(waiting)
-        with parallel_config(backend="loky", n_jobs=1 if suspects else n_jobs):
-            pool = Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs")
-            results = pool(delayed(_in_silence)(number, waiting[number]) for number in batch)
+        count = 1 if suspects else cpu_count() if n_jobs == -1 else n_jobs
+        # One process alone would be this one, so there are two, and one job at a time.
+        pool = Parallel(n_jobs=max(2, count), backend="loky", return_as="generator_unordered", batch_size=1, pre_dispatch=count)
+        results = pool(delayed(_in_silence)(number, waiting[number]) for number in batch)
         try:
             with contextlib.closing(results):
                 for number, result in results:

@@ -6,35 +6,28 @@ is measured on it, over seeds of its own (``hydra.sweeper.final_seeds``).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import hashlib
-import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from hydra.core.override_parser.types import Override
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from deltaexp import registry
 from deltaexp.errors import ConfigError, RunError, SweepError, listing, unknown
 from deltaexp.lab import recovery, schema
-from deltaexp.lab.sweeping import grid, record, space, sweep
+from deltaexp.lab.sweeping import design, grid, record, space, sweep
 from deltaexp.lab.sweeping.job import Job
-from deltaexp.lab.sweeping.study import Method, Study, Trial, needed, place
+from deltaexp.lab.sweeping.study import Method, Study, Trial, place
 from deltaexp.lab.writing import write_whole
 
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
-
-SUMMARY, TRIALS, FINAL = "search.json", "trials", "final"
-OF_TRIALS = ("task.test_split=null", "trainer.evaluate_before=false", "hub.push=false")
-"""What a trial does without: the test split, the backbone as it is, and the Hub. The final runs have what was asked for."""
+SUMMARY, TRIALS, FINAL, LOCK = "search.json", "trials", "final", ".search.lock"
 
 
 @dataclass(frozen=True)
@@ -54,84 +47,6 @@ class Options:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"hydra.sweeper.{name} is {value!r}; it must be a whole number from 1.")
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A study before it is opened."""
-
-    label: str
-    """What tells it from the others."""
-    words: tuple[str, ...]
-    """The overrides that all of its runs share."""
-    base: Job
-    """The trial that the config describes without a search."""
-    space: Mapping[str, BaseDistribution]
-    first: Mapping[str, Any] | None
-    """What the config says of the searched keys, None where that lies outside of what is searched."""
-
-
-def plan(asked: grid.Asked, per: Sequence[str], search_path: Sequence[str] = ()) -> tuple[list[Planned], list[str]]:
-    """Return the studies of a search, one for each combination of the values of ``per``, and what there is to say of them.
-
-    Raises:
-        ConfigError: If one of them cannot be searched.
-    """
-    needed()
-    given = asked.given.values()
-    split = [o for o in given if o.key_or_group in per and o.is_discrete_sweep()]
-    rest = [o for o in given if o not in split]
-    seeds = [o.key_or_group for o in rest if o.is_sweep_override() and o.key_or_group.split(".")[0] in ("seed", "seeds")]
-    if seeds:
-        raise ConfigError(
-            f"A search over {seeds[0]} would choose the luckiest seed. Search with one, and measure what was chosen with "
-            "several: hydra.sweeper.final_seeds=[1,2,3]."
-        )
-    found, notes = [], []
-    types: dict[str, str] = {}
-    for values in itertools.product(*map(grid.each_value, split)):
-        chosen = [word for word in values if word.split("=", 1)[0] in schema.GROUPS]
-        fixed_groups = [grid.each_value(o)[0] for o in rest if o.key_or_group in schema.GROUPS and not o.is_sweep_override()]
-        schema.check_keys(schema.parse([*fixed_groups, *chosen]), search_path)
-        delta_type = str(schema.compose_root([*fixed_groups, *chosen], search_path).delta_type)
-        own = [o for o in rest if o.key_or_group in schema.GROUPS or schema.owns(delta_type, o.key_or_group)]
-        fixed = [grid.each_value(o)[0] for o in own if not o.is_sweep_override()]
-        searched = [o for o in own if o.is_sweep_override()]
-        words = (*values, *fixed)
-        grid.job(words, search_path)  # what the final runs will be is checked, too
-        base = grid.job([*words, *OF_TRIALS], search_path)
-        says = {**_flat(recovery.describe(base.run, base.delta)), **_groups(base)}
-        distributions = {o.key_or_group: space.distribution(o, says.get(o.key_or_group)) for o in searched}
-        label = " ".join(word.split("=", 1)[1] for word in values) or delta_type
-        types[label] = delta_type
-        if not distributions:
-            raise ConfigError(
-                f"Nothing is searched for {label}: give values to search, such as 'trainer.learning_rate=tag(log,interval("
-                "1e-4,1e-2))'."
-            )
-        found.append(Planned(label, words, base, distributions, space.default(distributions, says)))
-    for override in rest:
-        if override.key_or_group not in schema.GROUPS:
-            optional = override.key_or_group in asked.optional
-            schema.check_path(override.key_or_group, registry.known() if optional else list(dict.fromkeys(types.values())))
-            having = [label for label, name in types.items() if schema.owns(name, override.key_or_group)]
-            if len(having) < len(types):
-                notes.append(
-                    f"{override.key_or_group} goes to {listing(having) or 'none'}; the other delta types have no such key"
-                )
-    return found, notes
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
-    return found
-
-
-def _groups(job: Job) -> dict[str, str]:
-    """Return the choices of groups that a job's own names tell."""
-    return {"delta_type": job.delta.delta_type, "backbone": job.run.backbone.name, "task": job.run.task.name}
 
 
 def search(config: DictConfig, launcher: Any, arguments: Sequence[str], options: Options) -> None:
@@ -154,12 +69,41 @@ def search(config: DictConfig, launcher: Any, arguments: Sequence[str], options:
     for key in options.per:
         if key in given and given[key].is_sweep_override() and not given[key].is_discrete_sweep():
             raise ConfigError(f"There is one study for each value of {key}, so give values, not a range.")
-    planned, notes = plan(asked, options.per, search_path)
-    folder = grid.folder(config, _name(planned, given))
+    planned, notes = design.plan(asked, options.per, search_path)
+    folder = grid.folder(config, design.name(planned, given))
     console = Console(highlight=False, soft_wrap=True)
     for note in notes:
         console.print(note, markup=False)
     command = grid.as_typed(words, search_path)
+    with _alone(folder):
+        _search(planned, folder, launcher, console, command, words, options, search_path)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes from the same search, whose trials two could not share.
+
+    Raises:
+        RunError: If one is at it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, timeout=0)
+    with contextlib.suppress(NotImplementedError):  # a file system without locks
+        try:
+            lock.acquire()
+        except Timeout:
+            raise RunError(f"The search in {str(folder)!r} is still going on, in another process.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _search(
+    planned: Sequence[design.Planned], folder: Path, launcher: Any, console: Console, command: str, words: Sequence[str],
+    options: Options, search_path: Sequence[str],
+) -> None:  # fmt: skip
+    """Do what is left to do of planned studies, and of what follows from them."""
     studies = [_Searched(one, folder, options, search_path, command) for one in planned]
     for one in studies:
         if one.planned.first is None and options.start_from_config:
@@ -182,20 +126,6 @@ def search(config: DictConfig, launcher: Any, arguments: Sequence[str], options:
         console.print("To measure what was chosen on the test split, over seeds, add hydra.sweeper.final_seeds=[1,2,3].")
 
 
-def _name(planned: Sequence[Planned], given: Mapping[str, Override]) -> str:
-    """Return a name for a search that depends on what it searches."""
-    from optuna.distributions import distribution_to_json
-
-    own, experiment = planned[0].base.run.sweep.name, given.get("experiment")
-    begins = own or (str(experiment.value()) if experiment and not experiment.is_sweep_override() else "search")
-    about = []
-    for one in planned:
-        spaces = {key: distribution_to_json(value) for key, value in one.space.items()}
-        about.append([recovery.Record(recovery.describe(one.base.run, one.base.delta)).fingerprint, spaces])
-    text = json.dumps(sorted(about, key=str), sort_keys=True)
-    return f"{begins}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
-
-
 def _evaluates(job: Job) -> bool:
     trainer = job.run.trainer
     return bool(trainer.eval_every or trainer.early_stopping_patience or trainer.restore_best)
@@ -204,7 +134,9 @@ def _evaluates(job: Job) -> bool:
 class _Searched:
     """A study on its way, whose trials are jobs."""
 
-    def __init__(self, planned: Planned, folder: Path, options: Options, search_path: Sequence[str], command: str) -> None:
+    def __init__(
+        self, planned: design.Planned, folder: Path, options: Options, search_path: Sequence[str], command: str
+    ) -> None:
         self.planned, self.label, self.search_path = planned, planned.label, search_path
         self.folder, self.command = folder / TRIALS, command
         self.metric, maximise = _metric(planned.base)
@@ -226,7 +158,7 @@ class _Searched:
 
     def job(self, params: Mapping[str, Any]) -> Job:
         """Return the job of a trial."""
-        job = grid.job([*self.planned.words, *OF_TRIALS, *space.words(params)], self.search_path)
+        job = grid.job([*self.planned.words, *design.OF_TRIALS, *space.words(params)], self.search_path)
         return dataclasses.replace(job, sweep=str(self.folder), again=self.command)
 
     def final(self, seed: int, folder: Path) -> Job:

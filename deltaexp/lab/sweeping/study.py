@@ -196,7 +196,7 @@ class Study:
             ConfigError: If it is about something else.
         """
         about, known = json.loads(json.dumps(about)), self._study.user_attrs
-        other = [f"{key} ({known[key]!r}, now {value!r})" for key, value in about.items() if known.get(key, value) != value]
+        other = [sentence for key, value in about.items() for sentence in _changes(key, known.get(key, value), value)]
         if other:
             raise ConfigError(
                 f"The study {self.name!r} in {self.storage!r} was made for something else: {listing(other, 3)}. Trials of the "
@@ -254,6 +254,8 @@ class Study:
         if value is not None and not math.isfinite(value):
             state, value = "fail", None
         trial = self._study.trials[number]
+        if trial.state.is_finished():
+            return _view(trial)
         if state == "pruned" and value is not None and not trial.intermediate_values:
             self._storage.set_trial_intermediate_value(trial._trial_id, 0, value)  # its twin's, which was pruned before
         self._study.tell(number, value if state == "complete" else None, state=_state(state.upper()))
@@ -281,6 +283,14 @@ class Study:
         }  # fmt: skip
         text = json.dumps(values, indent=2) + "\n"
         write_whole(folder / TRIAL, lambda file: file.write(text))
+
+
+def _changes(key: str, old: Any, new: Any) -> list[str]:
+    """Say in what two values differ, key by key where they are mappings."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        both = sorted(old.keys() | new.keys())
+        return [sentence for one in both for sentence in _changes(f"{key} {one}", old.get(one), new.get(one))]
+    return [] if old == new else [f"{key} ({old!r}, now {new!r})"]
 
 
 def _state(name: str) -> Any:

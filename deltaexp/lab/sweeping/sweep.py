@@ -166,7 +166,8 @@ class Going:
                 self.executed += 1
                 told = {"finished": f"{result.score:.4f}" if result.score is not None else "", "pruned": result.error}
                 what = told.get(result.status, f"failed: {result.error}")
-                self.console.print(f"{self._place(job)}: {what} ({result.seconds:.1f} s){self._time_left()}", markup=False)
+                took = "" if result.seconds is None else f" ({result.seconds:.1f} s)"  # a job that was killed cannot say it
+                self.console.print(f"{self._place(job)}: {what}{took}{self._time_left()}", markup=False)
                 if result.status == "failed" and self.fail_fast:
                     self.stopped = True
                     return

@@ -54,7 +54,7 @@ class SubmititLauncher(JobLauncher):
     Args:
         cluster: ``slurm`` or ``local``.
         submitit_folder: Where submitit keeps its files, which a cluster's machines must share.
-        at_once: On this machine, how many jobs are executed at the same time; null is one for each core.
+        n_jobs: On this machine, how many jobs are executed at the same time; null is one for each core.
         options: submitit's parameters for one job.
     """
 

@@ -20,18 +20,18 @@ from test_recovery import SMALL, digests
 from deltaexp import registry
 from deltaexp.errors import ConfigError
 from deltaexp.lab import schema
-from deltaexp.lab.sweeping import grid, record, search
+from deltaexp.lab.sweeping import design, grid, record, search
 from deltaexp.lab.sweeping.study import opened, place
 
 RATE = "trainer.learning_rate=tag(log,relative,interval(0.1,10))"
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks processes")
 
 
-def planned(*words: str, search_path: tuple[str, ...] = ()) -> tuple[list[search.Planned], list[str]]:
+def planned(*words: str, search_path: tuple[str, ...] = ()) -> tuple[list[design.Planned], list[str]]:
     schema.register_schemas(search_path)
     told = grid.words_for_hydra(["hydra/sweeper=optuna", *words])
     root = schema.compose_root(told, search_path, return_hydra_config=True)
-    return search.plan(grid.asked_for(told, root), root.hydra.sweeper.per, search_path)
+    return design.plan(grid.asked_for(told, root), root.hydra.sweeper.per, search_path)
 
 
 def test_there_is_a_study_for_each_delta_type_with_the_keys_that_it_has() -> None:

@@ -96,9 +96,11 @@ def test_a_pruned_trial_is_none_of_the_best(tmp_path: Path) -> None:
 
 
 def test_a_study_of_something_else_is_not_gone_on_with(tmp_path: Path) -> None:
-    study(tmp_path, about={"metric": "loss"})
+    study(tmp_path, about={"metric": "loss", "config": {"seed": 1, "task": "dates"}})
     with pytest.raises(ConfigError, match="made for something else: metric"):
         study(tmp_path, about={"metric": "f1"})
+    with pytest.raises(ConfigError, match=r"made for something else: config seed \(1, now 2\)\."):
+        study(tmp_path, about={"config": {"seed": 2, "task": "dates"}})
     with pytest.raises(ConfigError, match="made for something else: searched"):
         study(tmp_path, about={"metric": "loss"}, space={"rate": FloatDistribution(0.1, 1.0)})
 
