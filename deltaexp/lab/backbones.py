@@ -47,6 +47,8 @@ class Backbone:
     """Patterns of the parameters that the checkpoint did not have, such as a new classifier."""
     kind: type[Kind]
     """How it does the task that it was loaded for."""
+    missing: set[str]
+    """The names of what the checkpoint did not have."""
 
 
 def location(source: str) -> str:
@@ -114,7 +116,7 @@ def load(config: BackboneConfig, task: TaskConfig) -> Backbone:
             processor.pad_token = processor.eos_token  # decoders are trained without padding, batches need it
         if model.config.pad_token_id is None:
             model.config.pad_token_id = processor.pad_token_id
-    return Backbone(model, processor, config.source, new_patterns(model, missing), kind)
+    return Backbone(model, processor, config.source, new_patterns(model, missing), kind, missing)
 
 
 def pinned(config: BackboneConfig) -> BackboneConfig:

@@ -13,16 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from rich.console import Console
 
 from deltaexp import checkpoint
-from deltaexp import probe as probes
 from deltaexp.auto import AutoDeltaModel
 from deltaexp.checksum import model_sha256
 from deltaexp.digest_cache import model_digests
-from deltaexp.errors import DamagedFileError, DeltaExpError, RunError, listing
+from deltaexp.errors import DamagedFileError, RunError, listing
 from deltaexp.lab import (
     arguments,
     backbones,
@@ -39,23 +37,19 @@ from deltaexp.lab import (
     telling,
     tracking,
     training,
+    verifying,
     writing,
 )
 from deltaexp.lab.callbacks import LogCallback
 from deltaexp.lab.checkpoints import Checkpoints
 from deltaexp.lab.config import RunConfig, completed
 from deltaexp.lab.memory import PeakMemory
-from deltaexp.lab.taskconfig import TaskConfig
+from deltaexp.lab.sharing import Shared
 from deltaexp.lab.tasks import data as task_data
 from deltaexp.lab.tasks.kinds import Kind, Split, choose
 from deltaexp.lab.telling import Clock
 from deltaexp.registry import DeltaConfig
-from deltaexp.verification import HashCheck
-
-PROBE_ROWS = 4
-"""Rows of the batch on which the delta that was saved is compared with the one that was trained."""
-TOLERANCE = 1e-5
-"""Largest difference of a logit that the reloaded delta may show; on the CPU there is none."""
+from deltaexp.tree import backbone_tensors
 
 
 @dataclass
@@ -75,6 +69,7 @@ def run(
     folder: str | Path,
     console: Console | None = None,
     again: str = "the same call, with resume set in its config",
+    shared: Shared | None = None,
 ) -> Outcome:
     """Train, evaluate, save, verify and, if asked, push one delta, or go on with that where ``config.resume`` says so.
 
@@ -86,6 +81,7 @@ def run(
         folder: Where the run keeps what it makes; the delta goes to ``delta`` in it. What the first process says counts.
         console: Where to print; standard output where none is given.
         again: The command that continues the run if it is interrupted.
+        shared: What it shares with other runs of this process; nothing where none is given.
 
     Raises:
         DeltaExpError: If a step fails; a delta that was saved before stays where it is.
@@ -100,8 +96,8 @@ def run(
         config = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, progress=False))
     console = console or Console(highlight=False, soft_wrap=True)
     with recovery.explained(folder, again), _claim(folder, config_dict, config.resume) as claim:
-        run_it = _show if claim.finished else _train
-        outcome: Any = run_it(config, delta_config, claim, console)
+        shared = shared or Shared(active=False)
+        outcome: Any = _show(config, claim, console) if claim.finished else _train(config, delta_config, claim, console, shared)
         return processes.broadcast(outcome)
 
 
@@ -114,7 +110,9 @@ def _claim(folder: Path, config: dict[str, Any], resume: bool) -> Iterator[recov
         yield shared
 
 
-def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, console: Console) -> Outcome | None:
+def _train(
+    config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, console: Console, shared: Shared
+) -> Outcome | None:
     """Do the whole of a run, or what is left of it; only the first process returns what came of it."""
     folder, seeds, config_dict = claim.folder, config.resolved_seeds(), claim.record.config
     target = folder / recovery.DELTA
@@ -140,14 +138,15 @@ def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, 
         # 2. The data, whose labels a new head needs to know.
         with clock.phase("data", f"task {config.task.name} from {config.task.data}"), processes.main_first():
             kind_class = choose(config.task, backbones.settings_of(config.backbone), config.backbone.name)
-            data = task_data.load(config.task, kind_class, progress=config.trainer.progress)
+            load = functools.partial(task_data.load, config.task, kind_class, progress=config.trainer.progress)
+            data = shared.once(["data", config.task, kind_class.__name__], load)
             task = dataclasses.replace(config.task, labels=data.labels)
         for note in data.notes:
             console.print(f"  {note}", markup=False)
 
         # 3. Backbone and tokenizer; what the checkpoint lacks (a new head) is found and belongs to the delta.
         with clock.phase("load backbone", f"backbone {config.backbone.name} from {config.backbone.source}"):
-            backbone = backbones.load(config.backbone, task)
+            backbone = shared.backbone(config, task)
         if backbone.new:
             console.print(f"  new, trained and saved with the delta: {listing(backbone.new)}")
 
@@ -165,7 +164,8 @@ def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, 
         # 5. The data tokenised, once and cached by content.
         with clock.phase("tokenise", f"tokenising for {backbone.kind.__name__}"), processes.main_first():
             kind = backbone.kind(task, backbone.processor, backbone.model.config, delta_config.positions())
-            splits = kind.splits(data)
+            made_of = ["splits", data.fingerprint, config.backbone, kind_class.__name__, kind.cache_key()]
+            splits = shared.once(made_of, functools.partial(kind.splits, data))
         base = model_sha256(model_digests(backbone.model, delta_model.base_tensors()))
         inputs = {"data": data.fingerprint, "digest of the backbone": base, "precision": precision, **together}
         _check_same(notes.get("inputs", {}), inputs)
@@ -185,7 +185,10 @@ def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, 
         if before is None and config.trainer.evaluate_before:
             told = f"evaluating the backbone as it is on {data.evaluated}"
             with clock.phase("evaluate before", told), delta_model.detached():
-                before = training.evaluate(trainer, final)
+                plain = model_sha256(model_digests(backbone.model, backbone_tensors(backbone.model)))
+                measured = ["before", plain, data.fingerprint, config.task, kind.cache_key(), config.backbone, precision]
+                measured += [config.trainer.eval_batch_size, config.trainer.cpu]
+                before = shared.once(measured, functools.partial(training.evaluate, trainer, final))
         memory, peak = PeakMemory(), notes.get("peak", {})
         trainer.notes = lambda: {
             "before": before,
@@ -226,8 +229,8 @@ def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, 
             stored = batch(config.task.probe_rows) if config.task.probe_rows else None
             manifest = delta_model.save_finetuned(stage, backbone_name=name, probe=stored)
         with clock.phase("verify", "loading the saved delta into a fresh backbone and comparing"):
-            few = {name: value.to(backbone.model.device) for name, value in batch(PROBE_ROWS).items()}
-            check = _verify(config, task, backbone, stage, few)
+            few = {name: value.to(backbone.model.device) for name, value in batch(verifying.ROWS).items()}
+            check = verifying.loads_again(delta_model, stage, few, shared.untouched(config, task, delta_model))
 
         # 10. Results and card, then the folder gets its name: what is called delta is complete and verified.
         results = {
@@ -274,6 +277,7 @@ def _train(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, 
         # 11. Push if asked; the local delta is complete whatever the Hub says.
         trackers.summarise(results, target)
         telling.print_results(console, results, target, backbones.loading_code(backbone.model, backbone.source))
+        shared.give_back(delta_model)
         _push(config, claim, clock)
         failed = False
         return Outcome(target, after[kind.metric], results)
@@ -327,7 +331,7 @@ def _tidy(config: RunConfig, folder: Path) -> None:
         shutil.rmtree(folder / recovery.CHECKPOINTS, ignore_errors=True)
 
 
-def _show(config: RunConfig, delta_config: DeltaConfig, claim: recovery.Claim, console: Console) -> Outcome | None:
+def _show(config: RunConfig, claim: recovery.Claim, console: Console) -> Outcome | None:
     """Return what a finished run had found, its files being checked, and push it if it is to be and has not been.
 
     Raises:
@@ -374,27 +378,3 @@ def _batch(kind: Kind, model: Any, split: Split, count: int) -> Any:
     """Return the first rows as a batch for the model."""
     rows = split.features
     return kind.inputs(kind.collator(model)([rows[index] for index in range(min(count, len(rows)))]))
-
-
-def _verify(config: RunConfig, task: TaskConfig, backbone: backbones.Backbone, folder: Path, probe: Any) -> dict[str, Any]:
-    """Load the delta into a fresh backbone and compare its logits with the trained model's.
-
-    Raises:
-        DeltaExpError: If they differ by more than the tolerance.
-    """
-    state = torch.get_rng_state()
-    fresh = backbones.moved(backbones.load(config.backbone, task).model, backbone.model.device)
-    loaded = AutoDeltaModel.from_finetuned(folder, backbone_model=fresh)
-    torch.set_rng_state(state)
-    logits = []
-    with torch.inference_mode():
-        for model in (backbone.model, fresh):
-            logits.append(probes.logits(model.eval()(**probe)).float())
-    difference = float((logits[0] - logits[1]).abs().max())
-    if not difference <= TOLERANCE:
-        raise DeltaExpError(
-            f"The delta that was saved does not compute what was trained: logits differ by up to {difference:.3g} on a probe "
-            f"batch. It is kept in {str(folder)!r} for inspection. This is a fault of the delta type; please report it."
-        )
-    assert loaded.hash_check is HashCheck.MATCH
-    return {"hash": loaded.hash_check.value, "max_logit_difference": difference, "probe_rows": len(logits[0])}

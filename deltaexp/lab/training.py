@@ -119,7 +119,7 @@ class DeltaTrainer(ParallelTrainer):
         """Leave the backbone as it was given: without accelerate's autocast, and without checkpoints of activations."""
         model: Any = self.delta_model.backbone_model
         # unwrap_model(keep_fp32_wrapper=False) of accelerate takes off the decorators of the model's own class, too.
-        for name in ("forward", "_original_forward"):
+        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
             model.__dict__.pop(name, None)
         if self.checkpointing:
             getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()

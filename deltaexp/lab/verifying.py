@@ -1,23 +1,67 @@
-"""Verifying a saved delta from the command line: files, tensors and hashes, and with its backbone the model itself."""
+"""Verifying a saved delta, by its run or from the command line: files, tensors and hashes, and with its backbone the model."""
 
 from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
+import torch
 from rich.console import Console
 from torch import nn
 
 from deltaexp import checkpoint, hub, interop, verification
 from deltaexp import probe as probes
-from deltaexp.auto import AutoDeltaConfig
+from deltaexp.auto import AutoDeltaConfig, AutoDeltaModel
 from deltaexp.checkpoint import SavedDelta
+from deltaexp.errors import DeltaExpError
 from deltaexp.lab import backbones
 from deltaexp.lab.config import RunConfig
 from deltaexp.manifest import MANIFEST
 from deltaexp.model import DeltaModel
 from deltaexp.verification import Check, HashCheck
+
+ROWS = 4
+"""Rows of the batch on which the delta that was saved is compared with the one that was trained."""
+TOLERANCE = 1e-5
+"""Largest difference of a logit that the reloaded delta may show; on the CPU there is none."""
+
+
+def loads_again(
+    trained: DeltaModel, folder: Path, batch: Mapping[str, Any], untouched: AbstractContextManager[nn.Module]
+) -> dict[str, Any]:
+    """Load a delta that a run has saved into an untouched backbone and compare its logits with the trained model's.
+
+    Args:
+        trained: The trained delta, in its backbone.
+        folder: Where it was saved.
+        batch: What the model is given, on its device.
+        untouched: Yields the backbone.
+
+    Raises:
+        DeltaExpError: If they differ by more than the tolerance.
+    """
+
+    @torch.inference_mode()
+    def logits(model: Any) -> torch.Tensor:
+        return probes.logits(model.eval()(**batch)).float()
+
+    expected, state = logits(trained.backbone_model), torch.get_rng_state()
+    with untouched as fresh:
+        loaded = AutoDeltaModel.from_finetuned(folder, backbone_model=fresh)
+        torch.set_rng_state(state)
+        difference = float((expected - logits(fresh)).abs().max())
+        loaded.detach()
+    if not difference <= TOLERANCE:
+        raise DeltaExpError(
+            f"The delta that was saved does not compute what was trained: logits differ by up to {difference:.3g} on a probe "
+            f"batch. It is kept in {str(folder)!r} for inspection. This is a fault of the delta type; please report it."
+        )
+    assert loaded.hash_check is HashCheck.MATCH
+    return {"hash": loaded.hash_check.value, "max_logit_difference": difference, "probe_rows": len(expected)}
 
 
 def verify(

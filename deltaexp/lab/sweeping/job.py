@@ -81,11 +81,12 @@ def execute(job: Job) -> Result:
     record.update(job.sweep, entry)
     with open(job.path / LOG, "a", encoding="utf-8") as log:
         try:
-            from deltaexp.lab.run import run  # torch and transformers are imported here, not earlier
+            from deltaexp.lab import sharing  # torch and transformers are imported here, not earlier
+            from deltaexp.lab.run import run
 
             tracker = dataclasses.replace(job.run.tracker, group=job.run.tracker.group or Path(job.sweep).name or None)
             config = dataclasses.replace(job.run, resume=True, tracker=tracker)
-            outcome = run(config, job.delta, job.path, _Both(log), again=job.again)
+            outcome = run(config, job.delta, job.path, _Both(log), again=job.again, shared=sharing.OF_PROCESS)
             result = Result("finished", outcome.score, seconds=time.perf_counter() - start)
         except PrunedRunError as error:
             result = Result("pruned", error=str(error), seconds=time.perf_counter() - start)

@@ -17,7 +17,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 from rich.console import Console
 
-from deltaexp.errors import CheckpointError, DamagedFileError, RunError, SweepError
+from deltaexp.errors import CheckpointError, RunError, SweepError
 from deltaexp.lab import recovery, report, schema, tracking
 from deltaexp.lab.sweeping import grid, record
 from deltaexp.lab.sweeping.job import LOG, Job, Result, execute
@@ -138,19 +138,12 @@ class Going:
 
     def _look_at_finished(self, job: Job, entry: record.Entry, retry: bool) -> None:
         """Check the files of a delta that is there; one that is damaged counts as failed, or is put aside and made anew."""
-        from deltaexp.manifest import MANIFEST, check_files, read_manifest
-
         delta = job.path / recovery.DELTA
-        try:
-            manifest = read_manifest(delta)
-            if manifest is None:
-                raise DamagedFileError(f"The delta in {str(delta)!r} has no {MANIFEST}.")
-            check_files(delta, manifest, tuple(manifest.files))
-        except CheckpointError as error:
-            if retry:
-                os.replace(delta, _free(job.path / "damaged"))
-            else:
-                record.update(self.folder, dataclasses.replace(entry, status="failed", error=str(error)))
+        fault = _fault(delta)
+        if fault is not None and retry:
+            os.replace(delta, _free(job.path / "damaged"))
+        elif fault is not None:
+            record.update(self.folder, dataclasses.replace(entry, status="failed", error=fault))
 
     def _launch(self, launcher: Runs, jobs: Sequence[Job]) -> None:
         """Have some jobs executed, and tell of each what came of it."""
@@ -193,6 +186,20 @@ def show(folder: Path, console: Console) -> None:
     """Put the finished runs of a sweep side by side, and tell the trackers of them."""
     report.write(folder, console)
     tracking.summarise_sweep(folder, lambda sentence: console.print(sentence, style="yellow", markup=False))
+
+
+def _fault(delta: Path) -> str | None:
+    """Return what is wrong with the files of a delta, None if they are those that were saved."""
+    from deltaexp.manifest import MANIFEST, check_files, read_manifest  # imports torch, which a sweep's plan does without
+
+    try:
+        manifest = read_manifest(delta)
+        if manifest is None:
+            return f"The delta in {str(delta)!r} has no {MANIFEST}."
+        check_files(delta, manifest, tuple(manifest.files))
+    except CheckpointError as error:
+        return str(error)
+    return None
 
 
 def _free(path: Path) -> Path:
