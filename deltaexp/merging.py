@@ -19,9 +19,10 @@ from torch import nn
 from deltaexp import surgery
 from deltaexp.errors import DeltaExpError, listing
 from deltaexp.folding import check, check_parameter, merged, rows_of
+from deltaexp.hooks import OUTPUT_HOOKS, add_input
 from deltaexp.ownership import OWNED, assign, originals
 from deltaexp.structure import backbone_parameters, linear_dims
-from deltaexp.surgery import OUTPUT_HOOKS, Attachment, add_input
+from deltaexp.surgery import Attachment
 from deltaexp.targets import linear_weight, replaced, taken
 
 if TYPE_CHECKING:

@@ -51,6 +51,15 @@ class BatchRows:
         rows = torch.tensor(self.rows, dtype=torch.long, device=h.device)
         if not self.rows:
             return rows
+        many = self.repeats(h)
+        return (rows[:, None] * many + torch.arange(many, device=h.device)).flatten()
+
+    def repeats(self, h: torch.Tensor) -> int:
+        """Return how many rows of ``h`` stand for one of the batch.
+
+        Raises:
+            DeltaExpError: If the first dimension of ``h`` is not the batch's.
+        """
         many, rest = divmod(h.shape[0], self.size)
         sequence_first = h.dim() > 2 and h.shape[1] == self.size > 1 and many != 1
         if rest or sequence_first:
@@ -59,7 +68,7 @@ class BatchRows:
                 f"{list(h.shape)}, whose first dimension is not made of these rows. Name a delta, or None, for each row of the "
                 "batch; a backbone that puts positions before rows, or mixes rows, cannot be routed."
             )
-        return (rows[:, None] * many + torch.arange(many, device=h.device)).flatten()
+        return many
 
 
 @contextlib.contextmanager

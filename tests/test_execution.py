@@ -19,6 +19,11 @@ from deltaexp.routing import route
 
 KEYS = {"soft_prompt": {"soft_token_num": 2}, "vera": {"vera_r": 4}}
 TRAINED = [name for name in registry.known() if not registry.get(name).trains_nothing]
+compiling = pytest.mark.filterwarnings(
+    # the compiler's own doings
+    "ignore:The .grad attribute of a Tensor that is not a leaf",
+    "ignore:.*should not be instantiated:DeprecationWarning",
+)
 COMPILED = ("lora", "adapter", "parallel_adapter", "ia3", "reft", "prefix", "soft_prompt")
 """The types that join the forward pass each in another way; compiling takes seconds."""
 every_type = pytest.mark.parametrize("delta_type", TRAINED)
@@ -37,7 +42,7 @@ def close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tol
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=tolerance, msg=name)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler's own doing
+@compiling
 @pytest.mark.slow
 @pytest.mark.parametrize("delta_type", COMPILED)
 def test_compiled(delta_type: str) -> None:
@@ -51,6 +56,7 @@ def test_compiled(delta_type: str) -> None:
     close(gradients(compiled, backbone, inputs), expected_gradients)
 
 
+@compiling
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["bert", "t5"])
 def test_a_compiled_backbone_sees_what_is_attached(name: str) -> None:
@@ -80,6 +86,7 @@ def test_a_compiled_backbone_sees_what_is_attached(name: str) -> None:
     assert torch.equal(check(), plain)
 
 
+@compiling
 @pytest.mark.slow
 def test_compiled_with_the_autograd_of_the_compiler() -> None:
     family = FAMILIES["llama"]

@@ -76,6 +76,16 @@ class WeightDelta(Layer):
         self.target = target
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
 
+    @property
+    def drops(self) -> float:
+        """The probability with which an element of ``x`` is dropped at present."""
+        return self.dropout.p if self.training and isinstance(self.dropout, nn.Dropout) else 0.0
+
+    @property
+    def fusable(self) -> bool:
+        """Whether `forward` computes what is described here, and nothing else, so that `deltaexp.fused` may do it."""
+        return type(self).forward in (WeightDelta.forward, LowRankDelta.forward)
+
     def delta(self) -> torch.Tensor:
         """Return what is added to the weight, shape ``(out_dim, in_dim)``."""
         raise NotImplementedError

@@ -168,6 +168,11 @@ class LoraLayer(LowRankDelta):
         else:
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
+    @property
+    def fusable(self) -> bool:
+        """Whether the layer is nothing but a low-rank update: it has no starting values to subtract."""
+        return type(self).forward is LoraLayer.forward and self.lora_A0 is None
+
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return ``A`` and ``B``."""
         return self.lora_A, self.lora_B

@@ -115,7 +115,7 @@ class ParallelAdapterLayer(Layer):
 
     def connect(self, module: nn.Module, name: str, after: nn.Module) -> list[Any]:
         """Take the input of ``module``, on which the layer hangs as ``name``, and add to the output of ``after``."""
-        from deltaexp.surgery import add_parallel
+        from deltaexp.hooks import add_parallel
 
         if after is module:
             hook = partial(add_parallel, name=name, rows=None)
@@ -143,7 +143,7 @@ class Passing(dict):
 
 def keep_input(module: nn.Module, args: tuple, kwargs: dict[str, Any], *, name: str, passing: Passing) -> None:
     """Forward pre-hook of the first module: keep what it is given."""
-    from deltaexp.surgery import first_input
+    from deltaexp.hooks import first_input
 
     x = first_input(args, kwargs)
     passing[x.device] = module, name, x
@@ -155,7 +155,7 @@ def add_from_kept(module: nn.Module, args: tuple, kwargs: dict[str, Any], output
     Raises:
         DeltaExpError: If the first module has not been called before.
     """
-    from deltaexp.surgery import add_parallel, first_input
+    from deltaexp.hooks import add_parallel, first_input
 
     device = first_input(args, kwargs).device
     if not passing:

@@ -23,10 +23,10 @@ from torch import nn
 from deltaexp import addressing
 from deltaexp.deltas.soft_prompt import PromptLayer, place_of
 from deltaexp.errors import AddressingError, ConfigError, DeltaExpError, did_you_mean, listing, unknown
+from deltaexp.hooks import first_input
 from deltaexp.lazy import Layer
 from deltaexp.prompting import Place, place_name
 from deltaexp.structure import backbone_modules, backbone_parameters
-from deltaexp.surgery import first_input
 
 if TYPE_CHECKING:
     from deltaexp.deltas.peft import PeftConfig

@@ -6,6 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import peft
@@ -13,7 +14,7 @@ import torch
 from shapes import Backbones, Shape
 from torch import nn
 
-from deltaexp import AutoDeltaConfig, AutoDeltaModel, route
+from deltaexp import AutoDeltaConfig, AutoDeltaModel, route, speed
 
 RANK, ALPHA = 8, 16
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -138,13 +139,15 @@ def ours(
     attention: str = "sdpa",
     autocast: bool = False,
     own: bool = False,
+    **switches: bool,
 ) -> Callable[[Backbones], Prepared]:
-    """Return what makes a contender of ours."""
+    """Return what makes a contender of ours, under some switches of `deltaexp.speed`."""
 
     def make(backbones: Backbones) -> Prepared:
         backbone = backbones.get(dtype, attention, own=own)
         delta = attached(backbone, keys(backbones.shape))
-        made = prepared(backbone, backbones, autocast=autocast)
+        around = partial(speed.configured, **switches) if switches else contextlib.nullcontext
+        made = prepared(backbone, backbones, autocast=autocast, around=around)
         made.keep.append(delta)
         return made
 
@@ -189,26 +192,39 @@ def training_fp32() -> Group:
     for kind in ("q,v", "all"):
         found.append(Contender(f"PEFT LoRA {kind}", "peft", f"lora {kind}", "fp32", of_peft(peft_lora(kind))))
         found.append(Contender(f"LoRA {kind}", "deltaexp", f"lora {kind}", "fp32", ours(our_lora(kind))))
+        hooks = ours(our_lora(kind), fused=False)
+        found.append(Contender(f"LoRA {kind}, by hooks", "deltaexp", f"lora {kind}", "fp32", hooks))
     return Group("training, fp32", True, found, LIMIT)
 
 
 def training_bf16(device: str) -> Group:
-    """Return LoRA with bfloat16, PEFT's under each of its settings."""
-    found = [Contender(LIMIT, "torch", "limit", "bf16", lambda backbones: limit(backbones, dtype=BF16))]
+    """Return LoRA with bfloat16, each library's under several settings."""
+    found = [Contender(LIMIT, "torch", "limit", "bf16", partial(limit, dtype=BF16))]
+    if device == "cpu":  # where the backward pass of sdpa is slow in bfloat16
+        found.append(
+            Contender(f"{LIMIT}, eager attention", "torch", "limit", "bf16", partial(limit, dtype=BF16, attention="eager"))
+        )
     for kind in ("q,v", "all"):
-        method = f"lora {kind}"
-        settings: dict[str, dict[str, Any]] = {
-            "bf16 adapters": {"dtype": BF16, "autocast_adapter_dtype": False},
+        theirs: dict[str, dict[str, Any]] = {
             "fp32 adapters": {"dtype": BF16},
+            "bf16 adapters": {"dtype": BF16, "autocast_adapter_dtype": False},
+            "autocast": {"autocast": True},
+        }
+        mine: dict[str, dict[str, Any]] = {
+            "fp32 delta": {"dtype": BF16},
+            "delta cast": {"dtype": BF16, "delta_in_backbone_dtype": True},
             "autocast": {"autocast": True},
         }
         if device == "cpu":
-            settings["bf16 adapters, eager attention"] = {**settings["bf16 adapters"], "attention": "eager"}
-        for setting, options in settings.items():
-            name = f"PEFT LoRA {kind}: {setting}"
-            found.append(Contender(name, "peft", method, "bf16", of_peft(peft_lora(kind), **options)))
-        found.append(Contender(f"LoRA {kind}", "deltaexp", method, "bf16", ours(our_lora(kind), BF16)))
-        found.append(Contender(f"LoRA {kind}: autocast", "deltaexp", method, "bf16", ours(our_lora(kind), autocast=True)))
+            theirs["bf16 adapters, eager attention"] = {**theirs["bf16 adapters"], "attention": "eager"}
+            mine["delta cast, eager attention"] = {**mine["delta cast"], "attention": "eager"}
+        for setting, options in theirs.items():
+            make = of_peft(peft_lora(kind), **options)
+            found.append(Contender(f"PEFT LoRA {kind}: {setting}", "peft", f"lora {kind}", "bf16", make))
+        for setting, options in mine.items():
+            found.append(
+                Contender(f"LoRA {kind}: {setting}", "deltaexp", f"lora {kind}", "bf16", ours(our_lora(kind), **options))
+            )
     return Group("training, bf16", True, found, LIMIT)
 
 
