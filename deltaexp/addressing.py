@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import regex
@@ -57,7 +58,8 @@ def search(expression: str, name: str, whole: bool = False) -> Any:
         AddressingError: If the expression is malformed, or would search for ever.
     """
     try:
-        return (regex.fullmatch if whole else regex.search)(expression, name, timeout=PATIENCE)
+        pattern = _compiled(expression)
+        return (pattern.fullmatch if whole else pattern.search)(name, timeout=PATIENCE)
     except (regex.error, RecursionError, OverflowError) as error:
         raise AddressingError(f"The pattern {expression!r} is not a regular expression: {error}.") from error
     except TimeoutError as error:
@@ -65,6 +67,12 @@ def search(expression: str, name: str, whole: bool = False) -> Any:
             f"The pattern {expression[:60]!r} is still searching the name {name!r} after {PATIENCE:g} s. Write it without one "
             "repetition inside of another."
         ) from error
+
+
+@lru_cache(maxsize=256)
+def _compiled(expression: str) -> Any:
+    """Return a compiled regular expression; `regex` keeps them too, and takes longer to find one than to search a name."""
+    return regex.compile(expression)
 
 
 def covers(pattern: str, name: str, common: Sequence[str] = ()) -> bool:

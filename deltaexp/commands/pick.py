@@ -4,9 +4,11 @@
   deltaexp pick ... open=false port=8123               prints the page's address only, on a port of your choice
   deltaexp pick ... out=FOLDER                         where experiments are saved: FOLDER/experiment/NAME.yaml (picked)
 
-It takes every key of a run. The page shows what patterns match, names what is clicked by the shortest patterns, and counts what
-the delta would train. Done prints the override and the command. Only this machine can open the page, once; from another one:
-ssh -L PORT:127.0.0.1:PORT HOST. It ends with Done, when the page is closed, with Ctrl-C, or when it is left alone for an hour.
+It takes every key of a run; an encoder wants a task that it can do, such as task=sst2. The page shows what patterns match,
+names what is clicked by the shortest patterns, and counts what the delta would train. Done prints the override and the command.
+
+Only this machine can open the page, once; from another one: ssh -L PORT:127.0.0.1:PORT HOST. It ends with Done, when the page
+is closed, with Ctrl-C, or when it is left alone for an hour.
 """
 
 from __future__ import annotations

@@ -109,14 +109,14 @@ def make(config: RunConfig, delta_config: DeltaConfig, sizes: Sizes | None = Non
         delta_model = attach(config, delta_config, drawn)
     except (AddressingError, ConfigError) as error:
         raise type(error)(f"{error} {told} Nothing was loaded here.") from error
-    batch = costs.batch_sizes(config, delta_config, drawn, sizes)
+    batch, stacks = costs.batch_sizes(config, delta_config, drawn, sizes), blocks(drawn.model)
     plan = Plan(
         delta_type=delta_config.delta_type,
         backbone=config.backbone.name,
         backbone_class=type(drawn.model).__name__,
         checkpoint=weights,
         patterns={pattern: _alike(names, drawn.model) for pattern, names in delta_model.targets.items()},
-        blocks={pattern: _in_blocks(names, drawn.model) for pattern, names in delta_model.targets.items()},
+        blocks={pattern: _in_blocks(names, stacks) for pattern, names in delta_model.targets.items()},
         new=drawn.new,
         parts=parts(delta_model, drawn),
         batch=batch,
@@ -196,9 +196,9 @@ def _alike(names: list[str], model: nn.Module) -> list[Alike]:
     return [Alike(name, count, shape) for (name, shape), count in found.items()]
 
 
-def _in_blocks(names: list[str], model: nn.Module) -> dict[str, str]:
+def _in_blocks(names: list[str], stacks: list[list[str]]) -> dict[str, str]:
     result = {}
-    for stack in blocks(model):
+    for stack in stacks:
         hit = sum(any(f"{name}.".startswith(f"{block}.") for name in names) for block in stack)
         if hit:
             result[stack[0].rpartition(".")[0]] = f"{hit} of {len(stack)}"
@@ -229,8 +229,9 @@ def parts(delta_model: DeltaModel, drawn: Blueprint) -> dict[str, dict[str, int]
 def odd(delta_model: DeltaModel, model: nn.Module) -> list[str]:
     """Return sentences on what may not be what was meant."""
     found, delta_config = [], delta_model.config
+    stacks = blocks(model) if delta_config.layers is None else []
     for pattern, names in delta_model.targets.items():
-        for stack, hit in _in_blocks(names, model).items() if delta_config.layers is None else ():
+        for stack, hit in _in_blocks(names, stacks).items():
             if len(set(hit.split(" of "))) == 2:
                 found.append(
                     f"The pattern {pattern!r} matches in {hit} blocks of {stack}. If that is not what you mean, `deltaexp "

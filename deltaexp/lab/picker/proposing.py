@@ -44,6 +44,7 @@ class Proposer:
     def __init__(self, names: Iterable[str], common: Mapping[str, Sequence[str]]) -> None:
         self.order = {name: number for number, name in enumerate(names)}
         self.common = common
+        self.roles = {*SPECIAL, *(role for roles in common.values() for role in roles)}
         self.ends: dict[str, set[str]] = {}
         """By end of a name the modules that have it."""
         for name in self.order:
@@ -117,14 +118,15 @@ class Proposer:
                 result.setdefault(tuple(proposal.patterns), proposal)
         return list(result.values())
 
-    def _cost(self, patterns: Sequence[str]) -> tuple[int, int, int]:
-        """Return what one list of patterns is worse by: more of them, a regular expression being three; none that is common."""
-        roles = {role for names in self.common.values() for role in names}
-        return (
-            sum(3 if pattern.startswith(addressing.REGEX) else 1 for pattern in patterns),
-            sum(pattern not in roles for pattern in patterns),
-            sum(map(len, patterns)),
-        )
+    def _cost(self, patterns: Sequence[str]) -> int:
+        """Return how long a list of patterns is, with something on top for what says less or reads worse than common names."""
+
+        def more(pattern: str) -> int:
+            if pattern.startswith(addressing.REGEX):
+                return 20
+            return 0 if pattern in self.roles else 6
+
+        return sum(len(pattern) + more(pattern) for pattern in patterns)
 
     def _cover(
         self, wanted: frozenset[Unit], candidates: Mapping[str, frozenset[Unit]], better: Container[str], meaning: Meaning

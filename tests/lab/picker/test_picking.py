@@ -75,7 +75,7 @@ def test_a_click_names_what_is_chosen(minilm: Picker) -> None:
     answer = click(minilm, state, "attention", "output", "dense")
     assert answer["error"] is None
     assert state.patterns == answer["patterns"] == [["attn.q", "attn.v", "attn.proj"]]
-    assert [proposal["kind"] for proposal in answer["proposals"]] == ["common names", "regular expression", "names"]
+    assert [proposal["kind"] for proposal in answer["proposals"]] == ["common names", "names", "regular expression"]
     assert answer["override"] == "'modified_modules=[attn.q,attn.v,attn.proj]'"
     assert answer["marks"][0]["rows"][row_of(minilm, "self", "query")] == list(range(6))
     click(minilm, state, "attention", "output", "dense")  # again
