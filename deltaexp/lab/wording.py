@@ -33,23 +33,26 @@ def written(value: Any) -> str:
     return value if plain else QuotedString(value, Quote.single).with_quotes()
 
 
-def experiment(overrides: Sequence[str], delta_config: DeltaConfig, about: str) -> str:
+def experiment(overrides: Sequence[str], delta_config: DeltaConfig, about: str, search_path: Sequence[str] = ()) -> str:
     """Return the text of an experiment's file: the run of a command with another delta.
 
     Args:
         overrides: The command's overrides; those of its delta do not count.
         delta_config: The delta.
         about: A line on it.
+        search_path: Folders with config groups of the user's.
 
     Raises:
         ConfigError: If the overrides cannot be composed.
     """
-    schema.register_schemas()
-    cfg = schema.compose_root(overrides, (), return_hydra_config=True)
+    schema.register_schemas(search_path)
+    cfg = schema.compose_root(overrides, search_path, return_hydra_config=True)
     chosen, usual = cfg.hydra.runtime.choices, _usual_choices()
     groups = {group: chosen[group] for group in schema.GROUPS if group not in ("delta_type", "experiment")}
     groups = {"delta_type": delta_config.delta_type, **groups}
-    base: Any = OmegaConf.to_container(schema.compose_root([f"{group}={choice}" for group, choice in groups.items()], ()))
+    base: Any = OmegaConf.to_container(
+        schema.compose_root([f"{group}={choice}" for group, choice in groups.items()], search_path)
+    )
     typed: Any = OmegaConf.to_container(cfg)
     run = {f.name: typed[f.name] for f in dataclasses.fields(RunConfig)}
     lines = [f"  - override /{g}: {c}" for g, c in groups.items() if g in ("delta_type", "backbone") or c != usual[g]]

@@ -60,15 +60,16 @@ class Picker:
     Args:
         overrides: What was typed: every key of a run may be given.
         folder: Where experiments are saved, as ``folder/experiment/NAME.yaml``.
+        search_path: A folder with config groups of the user's, or none.
 
     Raises:
         ConfigError: If the config is not allowed.
         DeltaExpError: If the backbone's config cannot be read.
     """
 
-    def __init__(self, overrides: Sequence[str], folder: Path) -> None:
-        self.config, start = schema.composed(overrides)
-        self.folder = folder
+    def __init__(self, overrides: Sequence[str], folder: Path, search_path: Sequence[str] = ()) -> None:
+        self.config, start = schema.composed(overrides, search_path)
+        self.folder, self.search_path = folder, search_path
         delta_keys = {key for name in registry.known() for key in schema.defaults_of(name)}
         parsed = zip(overrides, schema.parse(overrides), strict=True)
         self.overrides = [text for text, override in parsed if override.key_or_group.partition(".")[0] not in delta_keys]
@@ -92,7 +93,7 @@ class Picker:
     def about(self) -> dict[str, Any]:
         """Return what the page is built of: the rows of the backbone, the delta types, the state it starts in."""
         types = []
-        lines = schema.choices("delta_type")
+        lines = schema.choices("delta_type", self.search_path)
         for name in registry.known():
             config_class = registry.get(name)
             goes_on = "pairs" if config_class.paired else "modules" if config_class.default_modules else "all"
@@ -181,7 +182,8 @@ class Picker:
         override = None
         if state.patterns is not None:
             override = f"modified_modules={wording.written(config.modified_modules)}"
-        command = ["python", "-m", "deltaexp", *self.overrides, *words, *([override] if override else [])]
+        places = [word for place in self.search_path for word in ("--config-dir", place)]
+        command = ["python", "-m", "deltaexp", *places, *self.overrides, *words, *([override] if override else [])]
         return Choice(shlex.quote(override) if override else None, shlex.join(command))
 
     def file(self, state: State) -> str:
@@ -195,7 +197,7 @@ class Picker:
             trained = self._counted(config)["counts"]["trainable"]
             where = self.config.backbone.name
             about = f"{config.delta_type} on {where}, chosen by `deltaexp pick`: {trained:,} trained parameters."
-            return wording.experiment(self.overrides, config, about)
+            return wording.experiment(self.overrides, config, about, self.search_path)
 
     def save(self, state: State, name: str, replace: bool) -> dict[str, Any]:
         """Write an experiment's file, all of it or nothing.
@@ -230,7 +232,7 @@ class Picker:
         if delta_type not in registry.known():
             raise ConfigError(unknown("delta_type", delta_type, registry.known()))
         if delta_type not in self.bases:
-            self.bases[delta_type] = schema.composed([*self.overrides, f"delta_type={delta_type}"])[1]
+            self.bases[delta_type] = schema.composed([*self.overrides, f"delta_type={delta_type}"], self.search_path)[1]
         return self.bases[delta_type]
 
     def _delta_config(self, state: State) -> DeltaConfig:

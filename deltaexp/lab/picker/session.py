@@ -6,8 +6,6 @@ import os
 import socket
 import sys
 import webbrowser
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from deltaexp.lab.picker.picking import Choice, Picker, State
@@ -23,19 +21,17 @@ ENDINGS = {
 """What is said where it ends without Done."""
 
 
-def run(server: Server, overrides: Sequence[str], folder: Path, opens: bool) -> int:
+def run(server: Server, picker: Picker, opens: bool) -> int:
     """Serve the page until it is done with, and print what was chosen: the override and the command on standard output.
 
     Args:
         server: The server, which has its port already.
-        overrides: What was typed of the run.
-        folder: Where experiments are saved.
+        picker: What answers its questions.
         opens: Whether to open a browser.
 
     Returns:
         The exit code: 0, or 1 where the page ended without Done.
     """
-    picker = Picker(overrides, folder)
     chosen = [picker.choice(picker.start)]
 
     def state(question: dict[str, Any]) -> State:

@@ -13,6 +13,7 @@ from browser import NewPage
 
 from deltaexp.lab import schema
 from deltaexp.lab.picker import session
+from deltaexp.lab.picker.picking import Picker
 from deltaexp.lab.picker.server import Patience, Server
 
 Open = Callable[..., Any]
@@ -27,7 +28,7 @@ class Picking:
         self.thread.start()
 
     def _run(self, words: list[str]) -> None:
-        self.code = session.run(self.server, words, self.folder, opens=False)
+        self.code = session.run(self.server, Picker(words, self.folder), opens=False)
 
     def ended(self) -> int:
         self.thread.join(timeout=30)

@@ -203,6 +203,21 @@ def test_command_and_file_compose_to_what_was_chosen(state: State, tmp_path: Pat
     assert "chosen by `deltaexp pick`" in schema.choices("experiment", [str(tmp_path)])["mine"]
 
 
+@pytest.mark.slow
+def test_groups_of_the_users(tmp_path: Path) -> None:
+    (tmp_path / "task").mkdir()
+    keys = "name: mine, kind: seq2seq, data: x, inputs: [a], target: b, metrics: [exact_match]"
+    text = f"# @package _global_\n# Mine.\ntask: {{{keys}}}\n"
+    (tmp_path / "task" / "mine.yaml").write_text(text)
+    picker = Picker(["task=mine"], tmp_path, [str(tmp_path)])
+    state = State("lora", {}, [["attn.q"]])
+    command = picker.choice(state).command
+    assert command == f"python -m deltaexp --config-dir {tmp_path} task=mine delta_type=lora 'modified_modules=[attn.q]'"
+    picker.save(state, "chosen", False)
+    found = schema.composed(["experiment=chosen"], [str(tmp_path)])
+    assert found == schema.composed(shlex.split(command)[5:], [str(tmp_path)])
+
+
 def test_files_are_never_replaced_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Picker) -> None:
     monkeypatch.setattr(tiny, "folder", tmp_path)
     path = tmp_path / "experiment" / "mine.yaml"

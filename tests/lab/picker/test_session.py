@@ -15,6 +15,7 @@ import pytest
 
 from deltaexp.__main__ import main
 from deltaexp.lab.picker import session
+from deltaexp.lab.picker.picking import Picker
 from deltaexp.lab.picker.server import Patience, Server
 
 
@@ -25,6 +26,7 @@ from deltaexp.lab.picker.server import Patience, Server
         (["port=70000"], "port is '70000'"),
         (["open=perhaps"], "open is 'perhaps'; it must be true or false."),
         (["lora_rank=4"], "There is no key 'lora_rank'. Did you mean 'lora_r'?"),
+        (["--config-dir", ".", "out=here"], "leave out=... out"),
         (["backbone=tiny"], "There is no backbone 'tiny'. Did you mean 'tiny_t5'?"),
     ],
 )
@@ -57,7 +59,8 @@ def test_the_address_and_what_was_chosen_last(
     else:
         monkeypatch.delenv("DISPLAY", raising=False)
     server = Server(0, Patience(opening=0.1))
-    code = session.run(server, ["lora_r=4", "modified_modules=[attn.q,'[r]layer\\.0.*k']"], tmp_path, opens=True)
+    picker = Picker(["lora_r=4", "modified_modules=[attn.q,'[r]layer\\.0.*k']"], tmp_path)
+    code = session.run(server, picker, opens=True)
     said = capsys.readouterr()
     assert code == 1
     assert opened == ([server.address] if graphical else [])
