@@ -89,6 +89,11 @@ def test_the_task_of_ones_own_trains(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert results["verification"]["hash"] == "match"
     assert results["labels"] == ["bad", "good"]
     assert {"accuracy", "missed"} <= results["metrics"]["after"].keys()
+    (tmp_path / "new.csv").write_text("title,text\nNice,It works\nOdd,It hums\n")
+    assert main(["predict", "delta=out/delta", "input=new.csv", "out=answers.jsonl", "trainer.progress=false"]) == 0
+    answers = [json.loads(line)["prediction"] for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 2
+    assert set(answers) <= {"bad", "good"}
 
 
 def test_every_delta_type_has_its_row() -> None:
