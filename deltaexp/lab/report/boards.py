@@ -7,11 +7,12 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from deltaexp.errors import DeltaExpError
+from deltaexp.errors import DeltaExpError, TaskError
 from deltaexp.lab.report import pscp, resampling, statistics
 from deltaexp.lab.report.runs import PREDICTIONS, Run, tells_apart
 from deltaexp.lab.report.statistics import LEVEL, Difference
@@ -139,8 +140,8 @@ class Board:
         return max(methods, key=lambda method: self.signed(method.validation))
 
     def signed(self, score: float) -> float:
-        """Return a score so that more is better."""
-        return score if self.greater_is_better else -score
+        """Return a score so that more is better; what is no number is worst."""
+        return -math.inf if math.isnan(score) else score if self.greater_is_better else -score
 
 
 def boards(runs: Sequence[Run], only_best: bool = False) -> list[Board]:
@@ -230,55 +231,111 @@ def front(methods: Iterable[Method], cost: Callable[[Method], float | None], sco
     return [method for price, value, method in sorted(points, key=lambda point: point[:2]) if not beaten(price, value)]
 
 
+@dataclass
+class _Rows:
+    """A run's scores on resampled rows."""
+
+    scores: np.ndarray
+    """``(resamples,)``"""
+    units: int
+    """How many were resampled."""
+    asked: int
+    """The number of the set of rows that it was asked; only runs of the same are paired."""
+
+
 def _pairs(board: Board) -> list[Pair]:
     """Compare every two methods of a board."""
-    resampled, units, without = _resampled(board)
+    rows, missing = _resampled(board)
     rng = np.random.default_rng(0)
     pairs = []
     for place, first in enumerate(board.methods):
         for second in board.methods[place + 1 :]:
-            rows = None
-            if resampled is not None:
-                rows = tuple(np.stack([resampled[run.folder] for run in method.runs]) for method in (first, second))
-            difference = statistics.compare(first.scores, second.scores, rows, units, rng=rng)  # type: ignore[arg-type]
-            pairs.append(Pair(first, second, difference, _basis(first, second, units, without)))
+            runs = [*first.runs, *second.runs]
+            without = next((missing[run.folder] for run in runs if run.folder in missing), "")
+            other = next(
+                (run for run in runs[1:] if not without and rows[run.folder].asked != rows[runs[0].folder].asked), None
+            )
+            if other is not None:
+                without = f"{other.name} was asked other rows than {runs[0].name}"
+            resampled, units = None, 0
+            if not without:
+                units = rows[runs[0].folder].units
+                resampled = _stacked(first, rows), _stacked(second, rows)
+            odd = next((run for run in runs if not math.isfinite(run.score)), None)
+            difference = None
+            if odd is None:
+                difference = statistics.compare(first.scores, second.scores, resampled, units, rng=rng)
+            else:
+                without = f"{board.metric} of {odd.name} is no finite number"
+            pairs.append(Pair(first, second, difference, _basis(first, second, units, without, difference is not None)))
     compared = [pair for pair in pairs if pair.difference is not None]
     for pair, p in zip(compared, statistics.holm([pair.difference.p for pair in compared if pair.difference]), strict=True):
         pair.p = p
     return pairs
 
 
-def _basis(first: Method, second: Method, units: int, without: str) -> str:
+def _stacked(method: Method, rows: dict[Path, _Rows]) -> np.ndarray:
+    return np.stack([rows[run.folder].scores for run in method.runs])
+
+
+def _basis(first: Method, second: Method, units: int, without: str, compared: bool) -> str:
     """Say what a comparison rests on."""
+    if not compared:
+        return f"cannot be compared: {without}"
     seeds = " and ".join(f"{len(method.runs)} seed{'s' * (len(method.runs) != 1)}" for method in (first, second))
-    if not without:
-        few = "; one seed says nothing of others" if 1 in (len(first.runs), len(second.runs)) else ""
-        return f"{units:,} rows, {seeds}{few}"
-    if min(len(first.runs), len(second.runs)) > 1:
+    if without:
         return f"{seeds}, no rows: {without}"
-    return f"cannot be compared: {without}, and one seed says nothing of others"
+    few = "; one seed says nothing of others" if 1 in (len(first.runs), len(second.runs)) else ""
+    return f"{units:,} rows, {seeds}{few}"
 
 
-def _resampled(board: Board) -> tuple[dict[Any, np.ndarray] | None, int, str]:
-    """Return the score of each run on the same resampled rows, how many were resampled, and else why that cannot be done."""
-    found: list[resampling.Answers] = []
-    runs = board.runs
-    try:
-        for run in runs:
-            path = run.folder / PREDICTIONS
-            if not path.exists():
-                return None, 0, f"{run.name} kept no answers (task.save_predictions=true)"
-            answers = resampling.read(path, run.results.get("labels") or ())
-            again = resampling.score(answers, board.metric, _entry(run))
-            if not math.isclose(again, run.score, rel_tol=1e-6, abs_tol=1e-9):
-                return None, 0, f"the answers of {run.name} give {board.metric} {again:.6g} and not the run's {run.score:.6g}"
-            if found and (found[0].references, found[0].groups) != (answers.references, answers.groups):
-                return None, 0, f"{run.name} was asked other rows than {runs[0].name}"
-            found.append(answers)
-        scores = resampling.scores(found, board.metric, _entry(runs[0]), np.random.default_rng(0))
-    except (DeltaExpError, ImportError, KeyError, TypeError, ValueError, IndexError) as error:
-        return None, 0, f"{board.metric} cannot be computed from the answers ({error})"
-    return dict(zip((run.folder for run in runs), scores, strict=True)), len(found[0].units()), ""
+def _resampled(board: Board) -> tuple[dict[Path, _Rows], dict[Path, str]]:
+    """Return the scores of runs on resampled rows, the same for all that were asked the same; and why some have none."""
+    sets: list[tuple[list[Run], list[resampling.Answers]]] = []
+    missing: dict[Path, str] = {}
+    for run in board.runs:
+        try:
+            answers = _answers(run)
+        except (DeltaExpError, ImportError, KeyError, TypeError, ValueError, IndexError) as error:
+            missing[run.folder] = str(error) if isinstance(error, DeltaExpError) else _failed(run, error)
+            continue
+        for runs, known in sets:
+            if (known[0].references, known[0].groups) == (answers.references, answers.groups):
+                runs.append(run)
+                known.append(answers)
+                break
+        else:
+            sets.append(([run], [answers]))
+    found: dict[Path, _Rows] = {}
+    for number, (runs, known) in enumerate(sets):
+        try:
+            scores = resampling.scores(known, board.metric, _entry(runs[0]), np.random.default_rng(0))
+        except (DeltaExpError, ValueError, ZeroDivisionError) as error:
+            missing |= {run.folder: _failed(run, error) for run in runs}
+            continue
+        units = len(known[0].units())
+        found |= {run.folder: _Rows(one, units, number) for run, one in zip(runs, scores, strict=True)}
+    return found, missing
+
+
+def _failed(run: Run, error: Exception) -> str:
+    return f"{run.metric} of {run.name} cannot be computed from its answers ({error})"
+
+
+def _answers(run: Run) -> resampling.Answers:
+    """Return what a run answered.
+
+    Raises:
+        TaskError: If it kept no answers, or they are not those that were scored.
+    """
+    path = run.folder / PREDICTIONS
+    if not path.exists():
+        raise TaskError(f"{run.name} kept no answers (task.save_predictions=true)")
+    answers = resampling.read(path, run.results.get("labels") or ())
+    again = resampling.score(answers, run.metric, _entry(run))
+    if not math.isclose(again, run.score, rel_tol=1e-6, abs_tol=1e-9):
+        raise TaskError(f"the answers of {run.name} give {run.metric} {again:.6g} and not the run's {run.score:.6g}")
+    return answers
 
 
 def _entry(run: Run) -> str:

@@ -12,6 +12,7 @@ memory of an H100 NVL), all exponents 1. They count FLOPs on one input of 512 to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -48,9 +49,9 @@ def penalty(amount: float, constant: float, exponent: float) -> float:
 
 
 def of(run: Run) -> Penalised | None:
-    """Return a run's score with its penalties; None where an input was not measured, or a lower score is the better one."""
+    """Return a run's score with its penalties; None where an input was not measured, or less is the better score."""
     flops, memory = run.results.get("inference_flops"), run.memory
-    if not flops or memory is None or not run.results.get("greater_is_better", True):
+    if not flops or memory is None or not run.results.get("greater_is_better", True) or not math.isfinite(run.score):
         return None
     added = max(0.0, (flops["with_delta"] - flops["backbone"]) / flops["rows"])
     return Penalised(

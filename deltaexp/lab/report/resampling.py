@@ -77,11 +77,11 @@ def read(path: Path, labels: Sequence[str] = ()) -> Answers:
                 references.append(line.get("reference_number", line.get("reference")))
                 groups.append(line.get("group"))
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise TaskError(f"{path.name} cannot be read ({type(error).__name__}: {error})") from error
+        raise TaskError(f"{path.parent.name}/{path.name} cannot be read ({type(error).__name__}: {error})") from error
     if answers and isinstance(answers[0], dict):  # a text that was measured in windows
         answers = [(answer["negative_log_likelihood"], answer["tokens"]) for answer in answers]
     elif None in references:
-        raise TaskError(f"{path.name} holds answers without what they are compared with")
+        raise TaskError(f"{path.parent.name}/{path.name} holds answers without what they are compared with")
     return Answers(answers, references, groups if any(group is not None for group in groups) else None, list(labels))
 
 

@@ -23,6 +23,10 @@ ASIDE = (*NO_MATTER, "seed", "seeds", "delta_type", "task.name", "backbone.name"
 """Keys and sections of a config by which runs of one method may differ, or that a report has a column for."""
 
 
+STATES = {"waiting": "it has not begun", "running": "a process is at work on it"}
+"""What is to be said of jobs of a sweep that have no delta yet, by their status."""
+
+
 @dataclass
 class Run:
     """A finished run."""
@@ -238,7 +242,7 @@ def _add(folder: Path, name: str, job: Mapping[str, Any], found: Found) -> None:
             return
         # What is running by its sweep's account may have been killed since: then it holds no lock.
         if job.get("status") not in (None, "finished") and (job["status"] != "running" or busy(folder)):
-            found.others.append(Other(name, str(job["status"]), redact(str(job.get("error") or "no more is known"))))
+            found.others.append(Other(name, str(job["status"]), redact(str(job.get("error") or STATES.get(job["status"], "no more is known")))))
             return
         record = Record.read(folder)
     except KeyError as error:

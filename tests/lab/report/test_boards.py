@@ -1,12 +1,16 @@
 """Methods over seeds, side by side: what they are called, what is chosen, what is told apart."""
 
+import io
 import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 import studies
+from rich.console import Console
 
+from deltaexp.lab import report
 from deltaexp.lab.report import boards, runs
 from deltaexp.lab.report.boards import Board, Pair
 
@@ -126,14 +130,14 @@ def test_without_answers_seeds_alone_decide(real_run: Path, tmp_path: Path) -> N
         studies.grown(real_run, tmp_path / f"bitfit-{seed}", "bitfit", seed, range(80 + seed))
     studies.grown(real_run, tmp_path / "none", "none", 1, range(100))
     found = board(tmp_path)
-    assert pair(found, "lora", "bitfit").basis == (
-        "3 seeds and 3 seeds, no rows: lora-2 kept no answers (task.save_predictions=true)"
-    )
+    without = "lora-2 kept no answers (task.save_predictions=true)"
+    assert pair(found, "lora", "bitfit").basis == f"3 seeds and 3 seeds, no rows: {without}"
     assert pair(found, "lora", "bitfit").separable
     alone = pair(found, "lora", "none")
     assert alone.difference is None
     assert not alone.separable
-    assert alone.basis.startswith("cannot be compared: lora-2 kept no answers")
+    assert alone.basis == f"cannot be compared: {without}"
+    assert pair(found, "bitfit", "none").basis.startswith("200 rows")  # others are no worse for it
 
 
 def test_answers_must_be_those_that_were_scored(real_run: Path, tmp_path: Path) -> None:
@@ -142,14 +146,34 @@ def test_answers_must_be_those_that_were_scored(real_run: Path, tmp_path: Path) 
     path = tmp_path / "lora" / "predictions.jsonl"
     whole = path.read_text()
     path.write_text("".join(line + "\n" for line in whole.splitlines()[9:]))
-    assert "give accuracy 1 and not the run's 0.955" in board(tmp_path).pairs[0].basis
+    assert "the answers of lora give accuracy 1 and not the run's 0.955" in board(tmp_path).pairs[0].basis
     path.write_text(whole.replace('"reference": "good"', '"reference": "great"'))
     assert board(tmp_path).pairs[0].difference is not None  # the number of the class is what counts
     path.write_text(whole[:-9])
-    assert "cannot be computed from the answers" in board(tmp_path).pairs[0].basis
+    assert "lora/predictions.jsonl cannot be read" in board(tmp_path).pairs[0].basis
 
 
 def test_other_rows_are_not_paired(real_run: Path, tmp_path: Path) -> None:
-    studies.grown(real_run, tmp_path / "lora", "lora", 1, range(9))
-    studies.grown(real_run, tmp_path / "bitfit", "bitfit", 1, range(9), rows=100)
-    assert "was asked other rows than" in board(tmp_path).pairs[0].basis
+    for name, rows in (("lora", 200), ("adapter", 200), ("bitfit", 100), ("ia3", 100)):
+        studies.grown(real_run, tmp_path / name, name, 1, range(rows // 10), rows=rows)
+    found = board(tmp_path)
+    assert "was asked other rows than" in pair(found, "lora", "bitfit").basis
+    assert pair(found, "lora", "adapter").basis.startswith("200 rows")
+    assert pair(found, "bitfit", "ia3").basis.startswith("100 rows")
+
+
+def test_a_run_that_diverged_is_worst(real_run: Path, tmp_path: Path) -> None:
+    for name, seed in (("lora", 1), ("lora", 2), ("bitfit", 1), ("bitfit", 2)):
+        studies.grown(real_run, tmp_path / f"{name}-{seed}", name, seed, range(50))
+    path = tmp_path / "lora-1" / "delta" / "results.json"
+    results = json.loads(path.read_text())
+    results["metrics"]["after"]["accuracy"] = results["metrics"]["validation"]["accuracy"] = math.nan
+    path.write_text(json.dumps(results))
+    found = board(tmp_path)
+    assert [method.label for method in found.methods] == ["bitfit", "lora"]
+    assert found.best().label == "bitfit"
+    assert found.pairs[0].basis == "cannot be compared: accuracy of lora-1 is no finite number"
+    assert found.methods[1].fronts == []
+    page = report.write(tmp_path, Console(file=io.StringIO()))
+    method = json.loads(page.with_suffix(".json").read_text())["boards"][0]["methods"][1]
+    assert (method["mean"], method["low"]) == (None, None)

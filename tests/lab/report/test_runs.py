@@ -66,7 +66,7 @@ def test_what_came_to_no_end_is_told(real_run: Path, tmp_path: Path) -> None:
     assert told["sweep/3"][1].startswith("begun 2")
     assert told["sweep/4"][0] == "unreadable"
     assert told["sweep/5"] == ("failed", "no memory")
-    assert told["sweep/6"] == ("waiting", "no more is known")
+    assert told["sweep/6"] == ("waiting", "it has not begun")
     (folder / "sweep.json").write_text("[]")
     assert ("sweep/sweep.json", "unreadable") in [(other.name, other.status) for other in runs.collect([tmp_path]).others]
 

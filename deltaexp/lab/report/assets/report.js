@@ -205,8 +205,8 @@
         },
       ],
       layout: layout({
-        height: 100 + 30 * Math.max(6, board.methods.length),
-        xaxis: { title: { text: cost.unit, standoff: 8 }, type: cost.log ? "log" : "linear", ...(cost.log ? { dtick: 1 } : { rangemode: "tozero" }) },
+        height: Math.min(480, 100 + 30 * Math.max(6, board.methods.length)),
+        xaxis: { title: { text: cost.unit, standoff: 8 }, type: cost.log ? "log" : "linear", ...(!cost.log ? { rangemode: "tozero" } : most > 50 * least ? { dtick: 1 } : {}) },
         yaxis: { title: { text: board.metric, standoff: 8 } },
         ...baselines(board, "y"),
       }),
