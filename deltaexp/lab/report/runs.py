@@ -242,7 +242,8 @@ def _add(folder: Path, name: str, job: Mapping[str, Any], found: Found) -> None:
             return
         # What is running by its sweep's account may have been killed since: then it holds no lock.
         if job.get("status") not in (None, "finished") and (job["status"] != "running" or busy(folder)):
-            found.others.append(Other(name, str(job["status"]), redact(str(job.get("error") or STATES.get(job["status"], "no more is known")))))
+            reason = job.get("error") or STATES.get(job["status"], "no more is known")
+            found.others.append(Other(name, str(job["status"]), redact(str(reason))))
             return
         record = Record.read(folder)
     except KeyError as error:
