@@ -211,6 +211,9 @@ def test_by_keyboard_on_folded_blocks(picking: Open, tmp_path: Path) -> None:
     settled(page)
     assert chips(page) == ["attn.proj"]
     assert page.locator(".row[aria-checked=true]").count() == 1
+    press("ArrowUp", "e")  # everywhere
+    settled(page)
+    assert chips(page) == ["attn.v", "attn.proj"]
 
 
 @pytest.mark.slow
