@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -149,3 +150,15 @@ def test_slurm(tmp_path: Path) -> None:
     results = json.loads((run / "delta" / "results.json").read_text())
     assert results["sessions"] >= 2
     assert digests(run) == digests(tmp_path / "alone" / undisturbed.folder)
+
+
+def test_the_script_for_slurm_refuses_politely(tmp_path: Path) -> None:
+    script = Path(__file__).parents[3] / "scripts" / "slurm_on_one_machine.sh"
+    if not script.exists() or not sys.platform.startswith("linux"):
+        pytest.skip("needs a checkout, on Linux")
+    environ = {"PATH": "/usr/bin:/bin", "SLURM_HERE": str(tmp_path / "here")}  # without the daemons' folder
+    for word, told in (("", "Say start, stop or status."), ("start", "takes root|There is no munged: apt-get install")):
+        done = subprocess.run(["bash", script, *([word] if word else [])], env=environ, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert re.search(f"^slurm_on_one_machine: .*({told})", done.stderr)
+    assert not (tmp_path / "here").exists()
