@@ -254,6 +254,7 @@ def test_documentation_of_keys() -> None:
     assert told["modified_modules"].startswith("Patterns of the modules to modify")
 
 
+@pytest.mark.slow
 def test_a_large_backbone_is_a_small_page(tmp_path: Path) -> None:
     config = transformers.LlamaConfig(hidden_size=64, num_hidden_layers=32, vocab_size=99, architectures=["LlamaForCausalLM"])
     config.save_pretrained(tmp_path)

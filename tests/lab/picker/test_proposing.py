@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from models import slow_but
 from torch import nn
 from transformers import (
     BertConfig,
@@ -140,7 +139,8 @@ def test_a_name_that_is_the_end_of_another() -> None:
     assert engine.first(frozenset({("inner.proj", None)})) == ["inner.proj"]
 
 
-@pytest.mark.parametrize("build", slow_but([t5, bert, llama, gpt2], [gpt2]))
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [t5, bert, llama, gpt2])
 def test_whatever_is_clicked_is_named_exactly(build: Callable[[], nn.Module]) -> None:
     engine, chance = Engine(build, exclude_modules=[]), random.Random(7)
     outline = Outline(engine.backbone)
