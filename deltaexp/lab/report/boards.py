@@ -20,6 +20,8 @@ from deltaexp.lab.tasks import metrics
 
 BASELINES = ("none", "full")
 """Delta types that others are measured by: the backbone as it is, and all of it trained."""
+MANY = 30
+"""Methods of a board of which not every two are compared."""
 COSTS: dict[str, Callable[[Method], float | None]] = {
     "trainable parameters": lambda method: method.mean("trainable"),
     "peak memory": lambda method: method.mean("memory"),
@@ -244,12 +246,15 @@ class _Rows:
 
 
 def _pairs(board: Board) -> list[Pair]:
-    """Compare every two methods of a board."""
+    """Compare every two methods of a board; of many each with the chosen one, and the best of every delta type."""
     rows, missing = _resampled(board)
     rng = np.random.default_rng(0)
     pairs = []
+    chosen, many = board.best(), len(board.methods) > MANY
     for place, first in enumerate(board.methods):
         for second in board.methods[place + 1 :]:
+            if many and chosen not in (first, second) and not (first.best and second.best):
+                continue
             runs = [*first.runs, *second.runs]
             without = next((missing[run.folder] for run in runs if run.folder in missing), "")
             other = next(

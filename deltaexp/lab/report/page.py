@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from deltaexp.lab.report import pscp, tables
+from deltaexp.lab.report.boards import MANY
 from deltaexp.lab.report.document import number, p_value, sentences, whole
 from deltaexp.lab.report.resampling import ANEW, RESAMPLES
 
@@ -58,6 +59,7 @@ def build(report: Mapping[str, Any], folder: Path) -> str:
             pscp=pscp,
             resamples=RESAMPLES,
             anew=ANEW,
+            many=MANY,
         )
     )
 

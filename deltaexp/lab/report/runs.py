@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -187,10 +187,11 @@ def collect(folders: Sequence[str | Path]) -> Found:
     if missing:
         raise CheckpointError(f"There is no folder {listing(map(repr, missing))}.")
     for place in places:
+        folders, sweeps = _walked(place)
         jobs: dict[Path, dict[str, Any]] = {}
-        for sweep in (place, *(path.parent for path in sorted(place.glob(f"*/{SWEEP}")))):
+        for sweep in sweeps:
             jobs |= _jobs(sweep, place, found)
-        for folder in [*_folders(place), *jobs]:
+        for folder in [*folders, *jobs]:
             if folder not in seen:
                 seen.add(folder)
                 _add(folder, _named(folder, place, len(places) > 1), jobs.get(folder, {}), found)
@@ -204,8 +205,6 @@ def collect(folders: Sequence[str | Path]) -> Found:
 def _jobs(sweep: Path, place: Path, found: Found) -> dict[Path, dict[str, Any]]:
     """Return what a sweep says of its jobs, by their folders."""
     path = sweep / SWEEP
-    if not path.exists():
-        return {}
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
         if told.get("command"):
@@ -216,13 +215,17 @@ def _jobs(sweep: Path, place: Path, found: Found) -> dict[Path, dict[str, Any]]:
         return {}
 
 
-def _folders(place: Path) -> Iterator[Path]:
-    """Yield the folders of runs below a place, itself included."""
+def _walked(place: Path) -> tuple[list[Path], list[Path]]:
+    """Return the folders of runs and those of sweeps below a place, itself included."""
+    runs, sweeps = [], []
     for root, names, files in os.walk(place):
         folder = Path(root)
         if RECORD in files or (folder / DELTA / RESULTS).exists():
-            yield folder.resolve()
+            runs.append(folder.resolve())
+        if SWEEP in files:
+            sweeps.append(folder)
         names[:] = sorted(name for name in names if name not in (DELTA, CHECKPOINTS) and not name.startswith("."))
+    return runs, sweeps
 
 
 def _named(folder: Path, place: Path, several: bool = False) -> str:

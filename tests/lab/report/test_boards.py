@@ -177,3 +177,17 @@ def test_a_run_that_diverged_is_worst(real_run: Path, tmp_path: Path) -> None:
     page = report.write(tmp_path, Console(file=io.StringIO()))
     method = json.loads(page.with_suffix(".json").read_text())["boards"][0]["methods"][1]
     assert (method["mean"], method["low"]) == (None, None)
+
+
+def test_of_many_methods_not_every_two_are_compared(real_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(boards, "MANY", 5)
+    for number in range(6):
+        kind = "lora" if number % 2 else "adapter"
+        studies.grown(real_run, tmp_path / str(number), kind, 1, range(number + 1), config={"rank": number})
+    found = board(tmp_path)
+    best = {method.label for method in found.methods if method.best}
+    assert found.best().label in best
+    compared = {frozenset((pair.first.label, pair.second.label)) for pair in found.pairs}
+    assert len(compared) == 5
+    assert all(found.best().label in labels for labels in compared)
+    assert best in compared

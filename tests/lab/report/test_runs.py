@@ -38,8 +38,8 @@ def test_a_trained_run_is_read_whole(real_run: Path) -> None:
 
 def test_what_came_to_no_end_is_told(real_run: Path, tmp_path: Path) -> None:
     for name in ("0", "1", "2", "3", "4"):
-        shutil.copytree(real_run, tmp_path / "sweep" / name)
-    folder = tmp_path / "sweep"
+        shutil.copytree(real_run, tmp_path / "deep" / "sweep" / name)
+    folder = tmp_path / "deep" / "sweep"
     (folder / "1" / "delta" / "results.json").write_text("{")
     results = json.loads((folder / "2" / "delta" / "results.json").read_text())
     del results["metrics"]
@@ -55,20 +55,20 @@ def test_what_came_to_no_end_is_told(real_run: Path, tmp_path: Path) -> None:
     ]
     (folder / "sweep.json").write_text(json.dumps({"format": 1, "command": "python -m deltaexp -m x", "jobs": jobs}))
     found = runs.collect([tmp_path])
-    assert [run.name for run in found.runs] == ["sweep/0"]
+    assert [run.name for run in found.runs] == ["deep/sweep/0"]
     assert found.runs[0].command == "python -m deltaexp delta_type=lora seed=1 'x=[1,null]' y=true"
     assert found.commands == ["python -m deltaexp -m x"]
     told = {other.name: (other.status, other.reason) for other in found.others}
-    assert told.keys() == {f"sweep/{number}" for number in range(1, 7)}
-    assert told["sweep/1"][0] == "unreadable"
-    assert told["sweep/2"] == ("unreadable", "results.json lacks 'metrics'")
-    assert told["sweep/3"][0] == "unfinished"
-    assert told["sweep/3"][1].startswith("begun 2")
-    assert told["sweep/4"][0] == "unreadable"
-    assert told["sweep/5"] == ("failed", "no memory")
-    assert told["sweep/6"] == ("waiting", "it has not begun")
+    assert told.keys() == {f"deep/sweep/{number}" for number in range(1, 7)}
+    assert told["deep/sweep/1"][0] == "unreadable"
+    assert told["deep/sweep/2"] == ("unreadable", "results.json lacks 'metrics'")
+    assert told["deep/sweep/3"][0] == "unfinished"
+    assert told["deep/sweep/3"][1].startswith("begun 2")
+    assert told["deep/sweep/4"][0] == "unreadable"
+    assert told["deep/sweep/5"] == ("failed", "no memory")
+    assert told["deep/sweep/6"] == ("waiting", "it has not begun")
     (folder / "sweep.json").write_text("[]")
-    assert ("sweep/sweep.json", "unreadable") in [(other.name, other.status) for other in runs.collect([tmp_path]).others]
+    assert ("deep/sweep/sweep.json", "unreadable") in [(other.name, other.status) for other in runs.collect([tmp_path]).others]
 
 
 def test_files_are_those_that_are_written() -> None:
