@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import small
 import studies
 from rich.console import Console
 
@@ -97,3 +98,26 @@ def test_the_command(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         assert said in capsys.readouterr().err
     assert main(["report", str(tmp_path / "nowhere")]) == 1
     assert "There is no folder" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_sweep_ends_in_a_report(small_bert: Path, small_reviews: Path, tmp_path: Path) -> None:
+    """Runs that were really trained, by a sweep, compared on rows and seeds."""
+    words = [
+        "task=sst2",
+        "backbone=local",
+        "backbone.name=small",
+        f"backbone.source={small_bert}",
+        f"task.data={small_reviews}",
+    ]
+    words += ["task.test_split=test", "delta_type=lora,none", "lora_r=2,4", "seed=1,2", "trainer.learning_rate=0.05"]
+    folder = tmp_path / "sweep"
+    assert main(["-m", *words, *small.QUICK, "trainer.max_steps=30", f"hydra.sweep.dir={folder}"]) == 0
+    values = json.loads((folder / "report.json").read_text())
+    (board,) = values["boards"]
+    assert {method["label"] for method in board["methods"]} == {"lora · lora_r=2", "lora · lora_r=4", "none"}
+    assert {method["seeds"] for method in board["methods"]} == {2}
+    assert all(pair["basis"] == "16 rows, 2 seeds and 2 seeds" for pair in board["pairs"])
+    assert all(method["pscp"] is not None for method in board["methods"])
+    assert len(values["commands"]) == 1
+    assert all(run["command"] is not None and "delta_type=" in run["command"] for run in values["runs"])
