@@ -60,6 +60,8 @@ class Record:
     """How often it was begun or continued."""
     pushed: str | None = None
     """Where it was pushed to."""
+    code: str | None = None
+    """The version of the code that it began with (see `code_version`)."""
     pruned: dict[str, Any] | None = None
     """Where a search gave it up: the ``step``, and the ``metric`` with its ``value`` there."""
 
@@ -97,8 +99,9 @@ class Record:
 
     def changed_versions(self) -> list[str]:
         """Return, as "torch 2.10.0 -> 2.11.0", what is another version than when the run began."""
-        now = _versions()
-        return [f"{name} {old} -> {now[name]}" for name, old in self.versions.items() if now.get(name, old) != old]
+        now, code = _versions(), code_version(self.config["delta_type"])
+        changed = [f"{name} {old} -> {now[name]}" for name, old in self.versions.items() if now.get(name, old) != old]
+        return changed or ([f"code {self.code} -> {code}"] if self.code not in (None, code) else [])
 
 
 @dataclass
@@ -138,9 +141,11 @@ def code_version(delta_type: str) -> str:
 @functools.cache
 def _source_digest(delta_type: str) -> str:
     package = Path(deltaexp.__file__).parent
-    own = Path(inspect.getfile(registry.get(delta_type)))
-    files = {path.relative_to(package).as_posix(): path for path in package.rglob("*.py")} | {own.name: own}
-    return _digest({name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()})
+    files = {path.relative_to(package).as_posix(): path for path in package.rglob("*.py")}
+    with contextlib.suppress(TypeError):  # of a type that was not written into a file
+        own = Path(inspect.getfile(registry.get(delta_type)))
+        files |= {own.name: own}
+    return _digest({name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items() if path.is_file()})
 
 
 def _digest(values: Mapping[str, Any]) -> str:
@@ -168,7 +173,7 @@ def claim(folder: Path, config: dict[str, Any], resume: bool) -> Iterator[Claim]
             raise CheckpointError(
                 f"{str(target)!r} exists already; a run does not write over an earlier one. Name another folder.{hint}"
             )
-        record = Record(config)
+        record = Record(config, code=code_version(config["delta_type"]))
         if old is not None:
             if old.fingerprint != record.fingerprint:
                 raise RunError(

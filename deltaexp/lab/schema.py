@@ -50,6 +50,9 @@ DEFAULT_DELTA_TYPE = "lora"
 """The choice in ``conf/config.yaml``'s defaults list."""
 
 
+OmegaConf.register_new_resolver("per", lambda choice, values: values.get(choice, values.get("others")), replace=True)
+"""``${per:${delta_type},{full:1e-3,others:1e-2}}`` in a YAML file is a value that depends on another key's."""
+
 _stored: dict[str, type[DeltaConfig]] = {}
 """The delta types whose schemas Hydra knows."""
 

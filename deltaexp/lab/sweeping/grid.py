@@ -63,6 +63,11 @@ def words_for_hydra(overrides: Sequence[str]) -> list[str]:
     of_hydra, groups, params = [], [], {}
     for override in schema.parse(overrides):
         line = override.input_line or ""
+        if override.key_or_group == "hydra.sweep.subdir":
+            raise ConfigError(
+                "hydra.sweep.subdir cannot be chosen: a job's folder is named by what it trains, so that it is found again. "
+                "hydra.sweep.dir is the folder of the sweep."
+            )
         if override.is_hydra_override():
             of_hydra.append(line)
         elif override.key_or_group in schema.GROUPS and not override.is_sweep_override():
@@ -211,7 +216,8 @@ def _job(root: DictConfig, choices: Sequence[str], values: Sequence[str]) -> Job
     run, delta = schema.split(schema.with_values(root, schema.parse([*defaults, *values])))
     config = recovery.describe(run, delta)
     identity = recovery.identity(config)
-    overrides = {override.key_or_group: override.value() for override in schema.parse([*choices, *values])}
+    typed = schema.parse([*choices, *values])
+    overrides = {o.key_or_group: o.value() for o in typed if o.key_or_group.partition(".")[0] not in WHOLE}
     folder = f"{delta.delta_type}-seed{run.seed}-{identity[:12]}"
     return Job(run, delta, identity, folder, (*choices, *values), overrides)
 

@@ -6,9 +6,13 @@ back. Nothing is raised for a run that fails, and nothing in this module imports
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
+import sys
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -75,11 +79,10 @@ def execute(job: Job) -> Result:
         KeyboardInterrupt: If somebody stops it; it can be continued.
     """
     start = time.perf_counter()
-    guard_logs()
     job.path.mkdir(parents=True, exist_ok=True)
     entry = record.Entry(job.folder, job.identity, job.overrides, "running")
     record.update(job.sweep, entry)
-    with open(job.path / LOG, "a", encoding="utf-8") as log:
+    with open(job.path / LOG, "a", encoding="utf-8") as log, _logging_to(log):
         try:
             from deltaexp.lab import sharing  # torch and transformers are imported here, not earlier
             from deltaexp.lab.run import run
@@ -102,6 +105,29 @@ def execute(job: Job) -> Result:
             result = Result("failed", error=text, seconds=time.perf_counter() - start)
     record.update(job.sweep, dataclasses.replace(entry, status=result.status, error=result.error, seconds=result.seconds))
     return result
+
+
+@contextlib.contextmanager
+def _logging_to(log: IO[str]) -> Iterator[None]:
+    """Have Python's log written to a job's, unless Hydra has done so already."""
+    root, handler = logging.getLogger(), logging.StreamHandler(log)
+    handler.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"))
+    needed = not any(isinstance(other, logging.FileHandler) for other in root.handlers)
+    if needed:
+        root.addHandler(handler)
+    guard_logs()
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+
+
+def forget() -> None:
+    """Keep nothing any more that jobs of this process have shared."""
+    if "deltaexp.lab.sharing" in sys.modules:  # it imports torch
+        from deltaexp.lab import sharing
+
+        sharing.OF_PROCESS.clear()
 
 
 class _Both(Console):

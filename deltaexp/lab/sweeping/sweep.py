@@ -20,7 +20,7 @@ from rich.console import Console
 from deltaexp.errors import CheckpointError, RunError, SweepError
 from deltaexp.lab import recovery, report, schema, tracking
 from deltaexp.lab.sweeping import grid, record
-from deltaexp.lab.sweeping.job import LOG, Job, Result, execute
+from deltaexp.lab.sweeping.job import LOG, Job, Result, execute, forget
 
 PATIENCE = 1.0
 """Seconds between two looks at jobs that another process is at work on."""
@@ -57,10 +57,17 @@ def sweep(config: DictConfig, launcher: Any, arguments: Sequence[str], batch: in
     for note in planned.notes:
         console.print(note, markup=False)
     entries = [record.Entry(job.folder, job.identity, job.overrides) for job in jobs]
+    before = [old for old in record.read(folder).values() if old.identity not in {entry.identity for entry in entries}]
+    made = [entry.overrides for entry in entries]
+    if others := sum(old.status == "finished" and old.overrides in made for old in before):
+        console.print(f"{others} of these jobs were finished here by another version of the code, and are done anew")
     record.begin(folder, planned.command, planned.words, entries)
     going = Going(jobs, folder, console)
-    going.go(launcher, batch)
-    going.finish()
+    try:
+        going.go(launcher, batch)
+        going.finish()
+    finally:
+        forget()
 
 
 class Going:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from deltaexp.errors import ConfigError
+from deltaexp.lab import schema
 from deltaexp.lab.sweeping import grid
 
 
@@ -51,6 +52,7 @@ def test_a_key_goes_to_the_types_that_have_it() -> None:
         (["+lora_r=4", "seed=1,2"], "write lora_r=VALUE"),
         (["~lora_r", "seed=1,2"], "write lora_r=VALUE"),
         (["seed=1,2", "sweep.name=a/b"], "it becomes a folder's name"),
+        (["seed=1,2", "hydra.sweep.subdir=x"], "cannot be chosen"),
     ],
 )
 def test_mistakes(words: list[str], says: str) -> None:
@@ -112,6 +114,25 @@ def test_an_experiment_is_a_grid_that_may_be_typed_over(tmp_path: Path) -> None:
     over = planned("experiment=mine", "delta_type=bitfit", "seed=7", search_path=(str(tmp_path),))
     assert made(over, "delta_type", "seed") == [("bitfit", 7)]
     assert "lora_r goes to none" in over.notes[0]
+
+
+@pytest.mark.parametrize("name", schema.choices("experiment"))
+def test_every_experiment_composes(name: str) -> None:
+    words = [f"experiment={name}"]
+    root = schema.compose_root(words, return_hydra_config=True)
+    if root.hydra.sweeper.params and root.hydra.sweeper._target_ == grid.SWEEPER:
+        assert len(planned(*words).jobs) > 1
+    else:
+        schema.composed(words)
+
+
+def test_the_comparison_has_many_types_and_the_baselines() -> None:
+    jobs = planned("experiment=delta_comparison").jobs
+    types = {job.delta.delta_type for job in jobs}
+    assert {"none", "full"} < types
+    assert len(types) >= 10
+    assert len(jobs) == 3 * len(types)
+    assert len({job.run.trainer.max_steps for job in jobs}) == 1
 
 
 def test_a_plan_needs_no_torch() -> None:

@@ -206,7 +206,9 @@ def test_two_processes_share_a_sweep(undisturbed: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_damaged_delta_is_told_and_made_anew(undisturbed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_delta_and_one_of_other_code_are_made_anew(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = ["-m", *SMALL, "hydra.sweep.dir=s", "seed=1"]
     assert main(words) == 0
     (weights,) = tmp_path.glob("s/*/delta/delta_model.safetensors")
@@ -217,3 +219,13 @@ def test_a_damaged_delta_is_told_and_made_anew(undisturbed: Path, tmp_path: Path
     assert main([*words, "retry=true"]) == 0
     assert weights.read_bytes() == good
     assert (weights.parents[1] / "damaged-1").is_dir()
+    capfd.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(recovery, "code_version", lambda delta_type: "0.0.0+other")
+        grid.plan.cache_clear()
+        assert main(words) == 0
+    grid.plan.cache_clear()
+    assert "1 of these jobs were finished here by another version of the code" in capfd.readouterr().out
+    both = sorted(tmp_path.glob("s/*/run.json"), key=lambda path: path.stat().st_mtime)
+    assert [json.loads(path.read_text())["code"] for path in both] == [recovery.code_version("lora"), "0.0.0+other"]
+    assert (both[1].parent / "delta/delta_model.safetensors").read_bytes() == good
