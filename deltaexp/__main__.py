@@ -214,7 +214,8 @@ def _help(words: list[str]) -> str:
     if chosen in registry.known():
         lines.append(f"    (recommended trainer.learning_rate: {registry.get(chosen).learning_rate:g})")
     lines.append("\nkeys of a run (default; a task may set another):")
-    lines += [f"    resume={str(lab_config.RunConfig().resume).lower()}", f"    seed={lab_config.RunConfig().seed}"]
+    flat = {key: value for key, value in vars(lab_config.RunConfig()).items() if key not in lab_config.PARTS}
+    lines += [f"    {key}={str(value).lower()}" for key, value in flat.items()]
     for name, section in lab_config.PARTS.items():
         for field in dataclasses.fields(type(section())):
             value = getattr(section(), field.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import sys
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -289,13 +290,18 @@ def owns(delta_type: str, key: str) -> bool:
     return section in _fields(RunConfig) or section in _fields(registry.get(delta_type))
 
 
-def free_sections() -> set[str]:
+def free_sections() -> frozenset[str]:
     """Return the keys that are mappings, below which the user may write keys of any name."""
+    return _free_of(tuple(map(registry.get, registry.known())))
+
+
+@functools.lru_cache(maxsize=1)  # a sweep asks for every job
+def _free_of(types: tuple[type[DeltaConfig], ...]) -> frozenset[str]:
     found = {f"{section}.{key}" for section in lab_config.PARTS for key in _mappings(section)}
-    for name in registry.known():
-        hints = typing.get_type_hints(registry.get(name))
-        found |= {key for key in _fields(registry.get(name)) if typing.get_origin(hints[key]) is dict}
-    return found
+    for config_class in types:
+        hints = typing.get_type_hints(config_class)
+        found |= {key for key in _fields(config_class) if typing.get_origin(hints[key]) is dict}
+    return frozenset(found)
 
 
 def spelled_out(words: Sequence[str]) -> list[str]:

@@ -133,6 +133,10 @@ def test_the_comparison_has_many_types_and_the_baselines() -> None:
     assert len(types) >= 10
     assert len(jobs) == 3 * len(types)
     assert len({job.run.trainer.max_steps for job in jobs}) == 1
+    rates = {job.delta.delta_type: job.run.trainer.learning_rate for job in jobs}
+    assert (rates["full"], rates["lora"], rates["ia3"]) == (1e-3, 1e-2, 2e-2)
+    (typed,) = planned("experiment=delta_comparison", "delta_type=full", "seed=1", "trainer.learning_rate=1e-4").jobs
+    assert typed.run.trainer.learning_rate == 1e-4
 
 
 def test_a_plan_needs_no_torch() -> None:
