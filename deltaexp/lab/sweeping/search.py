@@ -212,8 +212,8 @@ class _Trials:
                 if not (job.path / recovery.DELTA).exists():
                     one.study.hand_out(trial.number, job.path, one.metric)
                 values = " ".join(f"{key}={_short(value)}" for key, value in trial.params.items())
-                done = f"{one.label}: trial {len(one.study.trials)} of {one.study.budget}"
-                self.console.print(f"{done}: {values}", markup=False)
+                place = [begun.number for begun in one.study.trials].index(trial.number) + 1
+                self.console.print(f"{one.label}: trial {place} of {one.study.budget}: {values}", markup=False)
             distinct = list({job.identity: job for job in jobs}.values())  # two trials may try the same
             for job in distinct:
                 self.entries.setdefault(job.identity, record.Entry(job.folder, job.identity, job.overrides))

@@ -20,7 +20,7 @@ from test_recovery import SMALL, digests
 from deltaexp import registry
 from deltaexp.errors import ConfigError
 from deltaexp.lab import schema
-from deltaexp.lab.sweeping import design, grid, record, search
+from deltaexp.lab.sweeping import design, grid, record, search, study
 from deltaexp.lab.sweeping.study import opened, place
 
 RATE = "trainer.learning_rate=tag(log,relative,interval(0.1,10))"
@@ -86,6 +86,14 @@ def test_options_that_cannot_be(values: dict[str, Any], message: str) -> None:
         search.options_of({**plain, **values})
 
 
+def test_a_search_without_optuna_names_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from deltaexp.__main__ import main
+
+    monkeypatch.setattr(study, "find_spec", lambda package: None)
+    assert main(["-m", RATE, "hydra/sweeper=optuna"]) == 2
+    assert 'pip install "deltaexp[search]"' in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     with Server() as running:
@@ -96,8 +104,8 @@ def tried(folder: Path) -> list[tuple[Any, str]]:
     """Return the values and the states of a search's only study."""
     import optuna
 
-    study = optuna.load_study(study_name=None, storage=opened(place(None, folder)))
-    return [(trial.params, trial.state.name.lower()) for trial in study.trials]
+    kept = optuna.load_study(study_name=None, storage=opened(place(None, folder)))
+    return [(trial.params, trial.state.name.lower()) for trial in kept.trials]
 
 
 @LINUX
