@@ -47,6 +47,7 @@ def plan(asked: grid.Asked, per: Sequence[str], search_path: Sequence[str] = ())
         ConfigError: If one of them cannot be searched.
     """
     needed()
+    grid.root_of.cache_clear()
     given = asked.given.values()
     split = [o for o in given if o.key_or_group in per and o.is_discrete_sweep()]
     rest = [o for o in given if o not in split]
@@ -61,8 +62,9 @@ def plan(asked: grid.Asked, per: Sequence[str], search_path: Sequence[str] = ())
     for values in itertools.product(*map(grid.each_value, split)):
         chosen = [word for word in values if word.split("=", 1)[0] in schema.GROUPS]
         fixed_groups = [grid.each_value(o)[0] for o in rest if o.key_or_group in schema.GROUPS and not o.is_sweep_override()]
-        schema.check_keys(schema.parse([*fixed_groups, *chosen]), search_path)
-        delta_type = str(schema.compose_root([*fixed_groups, *chosen], search_path).delta_type)
+        choices = (*chosen, *fixed_groups)
+        schema.check_keys(schema.parse(choices), search_path)
+        delta_type = str(grid.root_of(choices, tuple(search_path)).delta_type)
         own = [o for o in rest if o.key_or_group in schema.GROUPS or schema.owns(delta_type, o.key_or_group)]
         fixed = [grid.each_value(o)[0] for o in own if not o.is_sweep_override()]
         searched = [o for o in own if o.is_sweep_override()]

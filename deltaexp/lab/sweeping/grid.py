@@ -105,6 +105,7 @@ def plan(words: tuple[str, ...], search_path: tuple[str, ...] = ()) -> Plan | No
     Raises:
         ConfigError: If one of the jobs cannot be composed; the message says which.
     """
+    root_of.cache_clear()  # files may have changed since
     schema.register_schemas(search_path)
     parsed = schema.parse(words)
     groups = [override for override in parsed if not override.is_hydra_override()]
@@ -176,7 +177,7 @@ def _jobs(given: Sequence[Override], search_path: Sequence[str], optional: Colle
     for choices in combinations:
         with _said_of(choices, several):
             schema.check_keys(schema.parse(choices), search_path)
-            roots.append((choices, schema.compose_root(choices, search_path)))
+            roots.append((choices, root_of(tuple(choices), tuple(search_path))))
     types = list(dict.fromkeys(str(root.delta_type) for _, root in roots))
     notes = []
     for override in settings:
@@ -191,6 +192,12 @@ def _jobs(given: Sequence[Override], search_path: Sequence[str], optional: Colle
             with _said_of((*choices, *values), several):
                 jobs.append(_job(root, choices, values))
     return _distinct(jobs, notes)
+
+
+@functools.lru_cache(maxsize=64)  # composing takes time, and a search does it again for every trial
+def root_of(choices: tuple[str, ...], search_path: tuple[str, ...]) -> DictConfig:
+    """Return the root config of some choices from groups; it is not to be changed."""
+    return schema.compose_root(choices, search_path)
 
 
 def each_value(override: Override) -> list[str]:
