@@ -1,0 +1,207 @@
+"""Linear maps with low-rank updates, and with full-size ones, as functions with a backward pass of their own.
+
+The hook of a LoRA computes ``h + s (x A^T) B^T`` after its module has computed ``h = x W^T + b``: it makes two tensors of the
+size of ``h``, and in the backward pass one more of the size of ``x``. For N rows of ``x`` one of two ways is cheaper:
+
+- ``h`` gets ``z B^T`` with ``z = s x A^T`` added in place by the matrix product itself, and so does the gradient of ``x``;
+- ``W + s B A`` is computed, which is small where N is large, and ``x`` multiplied by that: nothing of the size of ``h`` is
+  touched a second time.
+
+Both ways are the same to rounding. The second is taken only in the precision of the parameters: in half precision, or where
+products are computed in TF32, a small ``s B A`` would vanish in the rounding of the sum. In the backward pass are the products
+``u = s g B``, ``grad_A = u^T x`` and ``grad_B = g^T z``, of which ``z`` is computed anew where it was not needed before; only
+``x``, the parameters and, in the first way, ``z`` are kept for it, and no gradient of ``W`` is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+functional = nn.functional
+
+
+def exact(weight: torch.Tensor) -> bool:
+    """Say whether products with a weight are computed in float32 or wider, so that a small update of it is not lost."""
+    if weight.dtype != torch.float32 or torch.compiler.is_compiling():
+        return weight.dtype == torch.float64
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # it was set for single backends
+        return False
+
+
+class Update(NamedTuple):
+    """What of one low-rank update is no tensor."""
+
+    scale: float
+    dropout: float
+    """Probability of dropping an element of ``x``."""
+    part: tuple[int, int, int, int] | None
+    """The outputs it is added to, as the fields of a `Rows`; None for all."""
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor as a matrix of rows."""
+    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+
+
+def _for(tensor: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Return a matrix of rows as it is multiplied by a factor: by rows of the batch where that has a matrix for each."""
+    return tensor if factor.dim() == 2 else tensor.view(len(factor), len(tensor) // len(factor), tensor.shape[-1])
+
+
+def _taken(tensor: torch.Tensor, part: tuple[int, int, int, int] | None, dim: int = -1) -> torch.Tensor:
+    """Return a view of the columns (``dim=-1``) or rows (``dim=0``) of a matrix that an update is for, by groups."""
+    if part is None:
+        return tensor
+    groups, size, start, width = part
+    if groups == 1:
+        return tensor.narrow(dim, start, width)
+    return tensor.unflatten(dim, (groups, size)).narrow(dim or 1, start, width)
+
+
+def _add_product(target: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float = 1.0) -> None:
+    """Add ``scale left right`` to a matrix, to several of them, or to the groups of one, in place."""
+    if target.dtype != left.dtype or target.dim() != left.dim():
+        target.add_((left @ right).view(target.shape), alpha=scale)
+    elif target.dim() == 2:
+        target.addmm_(left, right, alpha=scale)
+    else:
+        target.baddbmm_(left, right, alpha=scale)
+
+
+def _whole(weight: torch.Tensor, updates: tuple[Update, ...], factors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the weight with all updates in it."""
+    if len(updates) > 1 or updates[0].part is not None:
+        whole = weight.clone()
+        for update, down, up in zip(updates, factors[::2], factors[1::2], strict=True):
+            _add_product(_taken(whole, update.part, dim=0), up, down, update.scale)
+        return whole
+    (down, up), scale = factors, updates[0].scale
+    if weight.is_contiguous():
+        return torch.addmm(weight, up, down, alpha=scale)
+    return torch.addmm(weight.T, down.T, up.T, alpha=scale).T  # the other way round in memory
+
+
+def _can_be_whole(weight: torch.Tensor, updates: tuple[Update, ...], factors: Sequence[torch.Tensor]) -> bool:
+    """Say whether ``W + s B A`` may take the place of ``W``."""
+    return (
+        exact(weight)
+        and all(update.dropout == 0 for update in updates)
+        and all(factor.dtype == weight.dtype and factor.dim() == 2 for factor in factors)
+    )
+
+
+def _inner(x: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """Return ``x A^T``."""
+    return _for(x, down).to(down.dtype) @ down.mT.contiguous()  # a product with a narrow matrix is faster in this layout
+
+
+def _outer(x: torch.Tensor, updates: tuple[Update, ...], masks: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+    """Return the inputs of the updates: ``x`` without what is dropped."""
+    return [x if mask is None else x * mask * (1 / (1 - update.dropout)) for update, mask in zip(updates, masks, strict=True)]
+
+
+def low_rank_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, updates: tuple[Update, ...], *factors: torch.Tensor
+) -> torch.Tensor:
+    """Return ``x W^T + b`` and the updates, without anything for a backward pass."""
+    rows = x.shape[:-1].numel()
+    if 2 * weight.numel() < rows * sum(weight.shape) and _can_be_whole(weight, updates, factors):
+        return functional.linear(x, _whole(weight, updates, factors), bias)
+    return _separately(x, weight, bias, updates, factors)[0]
+
+
+def _separately(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    updates: tuple[Update, ...],
+    factors: Sequence[torch.Tensor],
+) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor | None]]:
+    """Return the output, ``x A^T`` of every update, and what each has dropped."""
+    out = functional.linear(x, weight, bias)
+    flat = _rows(x)
+    matrix = out.view(len(flat), out.shape[-1])
+    inner: list[torch.Tensor] = []
+    masks: list[torch.Tensor | None] = []
+    for update, down, up in zip(updates, factors[::2], factors[1::2], strict=True):
+        dropped, mask = torch.native_dropout(flat, update.dropout, True) if update.dropout else (flat, None)
+        z = _inner(dropped, down)
+        _add_product(_taken(_for(matrix, up), update.part), z, up.mT.contiguous(), update.scale)
+        inner.append(z)
+        masks.append(mask)
+    return out, inner, masks
+
+
+class LowRankLinear(torch.autograd.Function):
+    """``x W^T + b`` and low-rank updates of some of the outputs: the factors follow, ``A`` and ``B`` of each update."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, weight: Any, bias: Any, updates: tuple[Update, ...], *factors: Any) -> Any:
+        ctx.updates = updates
+        rows = x.shape[:-1].numel()
+        ctx.can_be_whole = _can_be_whole(weight, updates, factors)
+        inner: list[torch.Tensor] = []
+        masks: list[torch.Tensor | None] = [None] * len(updates)
+        if ctx.can_be_whole and 2 * x.shape[-1] <= rows:
+            out = functional.linear(x, _whole(weight, updates, factors), bias)
+        else:
+            out, inner, masks = _separately(x, weight, bias, updates, factors)
+        ctx.has_inner, ctx.has_bias = bool(inner), bias is not None
+        ctx.save_for_backward(x, weight, *factors, *masks, *inner)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Any) -> Any:
+        count = len(ctx.updates)
+        x, weight, *rest = ctx.saved_tensors
+        factors, masks, inner = rest[: 2 * count], rest[2 * count : 3 * count], rest[3 * count :]
+        if torch.is_grad_enabled():
+            inner = []  # it would be a constant in the gradient of this
+        flat, g_flat = _rows(x), _rows(g)
+        needs_x, needs_factors = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
+        whole = ctx.can_be_whole and 2 * g.shape[-1] <= len(g_flat)
+        grad_x = None
+        if needs_x:
+            grad_x = g_flat @ (_whole(weight, ctx.updates, factors) if whole else weight)
+        grads: list[torch.Tensor | None] = []
+        for number, (update, dropped) in enumerate(zip(ctx.updates, _outer(flat, ctx.updates, masks), strict=True)):
+            down, up = factors[2 * number : 2 * number + 2]
+            part = _taken(_for(g_flat, up), update.part)
+            part = part.reshape(*part.shape[: up.dim() - 1], up.shape[-2]).to(up.dtype)
+            grad_down = grad_up = None
+            if needs_factors[2 * number] or (needs_x and not whole):
+                u = part @ up.mT.contiguous().mT * update.scale
+                if needs_factors[2 * number]:
+                    grad_down = u.mT @ _for(dropped, down).to(down.dtype)
+                if grad_x is not None and not whole:
+                    if update.dropout:
+                        grad_x.add_(u @ down * masks[number], alpha=1 / (1 - update.dropout))
+                    else:
+                        _add_product(_for(grad_x, down), u, down)
+            if needs_factors[2 * number + 1]:
+                z = inner[number] if inner else _inner(dropped, down)
+                grad_up = ((z * update.scale).mT @ part).mT.contiguous()
+            grads += [grad_down, grad_up]
+        return None if grad_x is None else grad_x.view(x.shape), None, None, None, *grads
+
+
+class ShiftedLinear(torch.autograd.Function):
+    """``x (W + D)^T + b``: one product in place of two, for a full-size update ``D``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, weight: Any, bias: Any, delta: Any) -> Any:
+        ctx.save_for_backward(x, weight, delta)
+        return functional.linear(x, weight + delta, bias)
+
+    @staticmethod
+    def backward(ctx: Any, g: Any) -> Any:
+        x, weight, delta = ctx.saved_tensors
+        grad_x = g @ (weight + delta) if ctx.needs_input_grad[0] else None
+        grad_delta = _rows(g).T @ _rows(x) if ctx.needs_input_grad[3] else None
+        return grad_x, None, None, grad_delta
