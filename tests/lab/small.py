@@ -1,6 +1,7 @@
 """A small classification task and backbone on disk, for runs that need no network."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers import (
 )
 
 from deltaexp.__main__ import main
+from deltaexp.lab.report import resampling
 
 WORDS = ["a", "good", "fine", "great", "bad", "poor", "awful", "film", "plot", "the", "was"]
 
@@ -184,6 +186,11 @@ def used_again(delta: Path, data: Path, results: dict[str, Any]) -> None:
     assert main(["eval", *words, f"out={measured}", "predictions=true"]) == 0
     assert json.loads((measured / "metrics.json").read_text())["deltas"][0]["metrics"] == results["metrics"]["after"]
     answers = [json.loads(line) for line in (measured / f"predictions/{delta.parent.name}.jsonl").read_text().splitlines()]
+    # The report, which resamples stored answers, makes the same number of them.
+    metric = results["task_metric"]
+    if metric != "loss":
+        stored = resampling.read(measured / f"predictions/{delta.parent.name}.jsonl", results["labels"])
+        assert math.isclose(resampling.score(stored, metric, metric), results["metrics"]["after"][metric], rel_tol=1e-6)
     task = results["config"]["task"]
     rows, source = Dataset.from_parquet(str(data / f"{results['evaluated_on']}.parquet")), measured / "rows.parquet"
     # A conversation is the target itself, up to its last answer.
