@@ -19,7 +19,7 @@ from deltaexp.redaction import guard_logs, redact
 RUN = {
     "[run] [key=value ...]": "train, evaluate, verify and save a delta",
     "-m key=a,b [key=value ...]": "sweep: one run for every combination",
-    "--cfg job [key=value ...]": "show the composed config, and run nothing",
+    "--cfg job [key=value ...]": "show the composed config, with -m the jobs of a sweep, and run nothing",
     "--help [delta_type=...]": "this text, with the keys of that delta type",
 }
 
@@ -85,14 +85,17 @@ def _run(words: list[str]) -> int:
             )
         if options.multirun:
             told = grid.words_for_hydra(options.overrides)
-            grid.plan(tuple(told), tuple(search_path))
+            plan = grid.plan(tuple(told), tuple(search_path))
+            if options.cfg:
+                print(grid.listed(plan))
+                return 0
             words = [*(word for word in words if word not in options.overrides), *told]
         else:
             if any(override.is_sweep_override() for override in schema.parse(options.overrides)):
                 raise ConfigError("Several values for one key are a sweep: add -m, e.g. deltaexp -m delta_type=lora,adapter.")
             composed = schema.composed(options.overrides, search_path)
-            schema.check_single(options.overrides, composed[0], search_path)
             if not options.cfg:
+                schema.check_single(options.overrides, composed[0], search_path)
                 processes.check(composed[0].trainer.sharding)
             if not processes.is_main():
                 return 0 if options.cfg else _follow(*composed)

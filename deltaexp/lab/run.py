@@ -228,7 +228,7 @@ def _train(
             batch = functools.partial(_batch, kind, backbone.model, final)
             stored = batch(config.task.probe_rows) if config.task.probe_rows else None
             manifest = delta_model.save_finetuned(stage, backbone_name=name, probe=stored)
-        with clock.phase("verify", "loading the saved delta into a fresh backbone and comparing"):
+        with clock.phase("verify", "loading the saved delta into an untouched backbone and comparing"):
             few = {name: value.to(backbone.model.device) for name, value in batch(verifying.ROWS).items()}
             check = verifying.loads_again(delta_model, stage, few, shared.untouched(config, task, delta_model))
 

@@ -119,6 +119,18 @@ def plan(words: tuple[str, ...], search_path: tuple[str, ...] = ()) -> Plan | No
     return Plan(tuple(jobs), tuple(notes), _name(jobs, asked.given), as_typed(asked.words, search_path), asked.words)
 
 
+def listed(plan: Plan | None) -> str:
+    """Return the jobs of a sweep as lines to read, each with the overrides that make it.
+
+    Raises:
+        ConfigError: If another sweeper is chosen, which decides on its jobs as it goes.
+    """
+    if plan is None:
+        raise ConfigError("What a search tries depends on what it finds: there is no list of its jobs beforehand.")
+    lines = [f"{job.folder}: {' '.join(job.words)}" for job in plan.jobs]
+    return "\n".join([f"{len(lines)} jobs in {PLACEHOLDER} = {plan.name}, of: {plan.command}", *lines, *plan.notes])
+
+
 class Asked(NamedTuple):
     """What is asked of a sweeper."""
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from deltaexp.__main__ import main
 from deltaexp.errors import ConfigError
 from deltaexp.lab import schema
 from deltaexp.lab.sweeping import grid
@@ -137,6 +138,17 @@ def test_the_comparison_has_many_types_and_the_baselines() -> None:
     assert (rates["full"], rates["lora"], rates["ia3"]) == (1e-3, 1e-2, 2e-2)
     (typed,) = planned("experiment=delta_comparison", "delta_type=full", "seed=1", "trainer.learning_rate=1e-4").jobs
     assert typed.run.trainer.learning_rate == 1e-4
+
+
+def test_the_jobs_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["-m", "delta_type=lora,bitfit", "lora_r=4", "seed=1,2", "--cfg", "job"]) == 0
+    first, *jobs, note = capsys.readouterr().out.splitlines()
+    assert first.startswith("4 jobs in {sweep} = sweep-")
+    assert jobs[1].partition(": ")[2] == "delta_type=lora lora_r=4 seed=2"
+    assert note.startswith("lora_r goes to lora")
+    assert main(["--cfg", "job", "experiment=delta_comparison"]) == 0
+    assert "max_steps: 60" in capsys.readouterr().out
+    assert main(["-m", "experiment=equal_budget", "--cfg", "job"]) == 2
 
 
 def test_a_plan_needs_no_torch() -> None:
