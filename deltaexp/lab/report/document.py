@@ -139,7 +139,8 @@ def sentences(board: Mapping[str, Any]) -> list[str]:
     told, chosen = board["answer"], board["methods"][board["chosen"]]
     seeds = f"{chosen['seeds']} seed{'s' * (chosen['seeds'] != 1)}"
     lines = [
-        f"Best on validation: {told['chosen']}, with {board['metric']} {number(chosen['mean'])} on {board['split']} ({seeds})."
+        f"Best on validation: {told['chosen']}, with {board['metric']} {number(chosen['mean'])} on {board['split']} ({seeds}), "
+        f"for {whole(chosen['trainable'])} trainable parameters."
     ]
     if board["split"] == "validation":
         lines.append("The choice was made on the split that the score is of, so the score is on the high side.")

@@ -32,7 +32,7 @@ def test_the_terminal_has_the_answer(written: Path) -> None:
     printed = (written.parent / "printed").read_text()
     assert "t with small: accuracy on test (more is better)" in printed
     flowing = " ".join(printed.split())
-    assert "Best on validation: lora, with accuracy 0.950 on test (3 seeds)." in flowing
+    assert "Best on validation: lora, with accuracy 0.950 on test (3 seeds), for 2,000 trainable parameters." in flowing
     assert "Not separable from it: full, adapter." in flowing
     assert "Worse: bitfit, none." in flowing
     assert "lora-4 is unfinished: begun " in flowing

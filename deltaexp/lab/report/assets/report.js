@@ -20,7 +20,7 @@
   const token = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
   const number = (value) =>
-    value === null || value === undefined ? "–" : Math.abs(value) < 10 ? value.toFixed(3) : Math.abs(value) < 1000 ? value.toFixed(2)
+    value === null || value === undefined ? "–" : Math.abs(value) < 10 ? (Math.round(value * 1000) / 1000 + 0).toFixed(3) : Math.abs(value) < 1000 ? value.toFixed(2)
       : Math.round(value).toLocaleString("en");
   const COSTS = {
     "trainable parameters": { of: (m) => m.trainable, log: true, unit: "trainable parameters" },
