@@ -126,13 +126,16 @@ class Resumable:
         return DelayedSubmission(self, job)
 
 
-def by_submitit(jobs: Sequence[Job], cluster: str, folder: str, at_once: int | None, options: Mapping[str, Any]) -> Results:
+def by_submitit(
+    jobs: Sequence[Job], cluster: str, folder: str | None, at_once: int | None, options: Mapping[str, Any]
+) -> Results:
     """Execute jobs by submitit: on a cluster by Slurm, or as processes of their own on this machine.
 
     Args:
         jobs: What to execute.
         cluster: ``slurm`` or ``local``.
-        folder: Where submitit keeps its files; a cluster's machines must share it. ``%j`` stands for a job's number.
+        folder: Where submitit keeps its files; a cluster's machines must share it. ``%j`` stands for a job's number, and None
+            for ``.submitit/%j`` in the sweep's folder.
         at_once: How many may be executed at the same time.
         options: submitit's parameters for one job.
 
@@ -150,7 +153,8 @@ def by_submitit(jobs: Sequence[Job], cluster: str, folder: str, at_once: int | N
     own = {key if key in generic else f"{cluster}_{key}": value for key, value in options.items()}
     retries = {f"{cluster}_max_num_timeout": own.pop(f"{cluster}_max_num_timeout", 0)}
     try:
-        executor = submitit.AutoExecutor(folder=folder, cluster=cluster, **retries)
+        place = folder or f"{jobs[0].sweep}/.submitit/%j"
+        executor = submitit.AutoExecutor(folder=place, cluster=cluster, **retries)
         executor.update_parameters(**own)
     except (NameError, ValueError, AssertionError, TypeError, RuntimeError) as error:
         raise ConfigError(f"hydra.launcher is not as submitit wants it: {error}") from error

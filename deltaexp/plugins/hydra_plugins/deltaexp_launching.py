@@ -53,12 +53,12 @@ class SubmititLauncher(JobLauncher):
 
     Args:
         cluster: ``slurm`` or ``local``.
-        submitit_folder: Where submitit keeps its files, which a cluster's machines must share.
+        submitit_folder: Where submitit keeps its files, which a cluster's machines must share; null is in the sweep's folder.
         n_jobs: On this machine, how many jobs are executed at the same time; null is one for each core.
         options: submitit's parameters for one job.
     """
 
-    def __init__(self, cluster: str, submitit_folder: str, n_jobs: int | None = None, **options: Any) -> None:
+    def __init__(self, cluster: str, submitit_folder: str | None = None, n_jobs: int | None = None, **options: Any) -> None:
         self.cluster, self.folder, self.n_jobs = cluster, submitit_folder, n_jobs
         self.options = {key: _plain(value) for key, value in options.items()}
 
