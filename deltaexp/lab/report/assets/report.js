@@ -179,11 +179,9 @@
     const points = methods.filter(fits);
     const prices = points.map(({ method }) => cost.of(method));
     const [least, most] = [Math.min(...prices), Math.max(...prices)];
-    const middle = cost.log ? Math.sqrt(least * most) : most / 2;
+    const share = (price) => (cost.log ? Math.log(price / least) / Math.log(most / least) : price / most);
     const front = board.methods.map((method) => ({ method })).filter((one) => fits(one) && one.method.fronts.includes(name))
       .sort((a, b) => cost.of(a.method) - cost.of(b.method));
-    // Names of neighbours on the front keep out of each other's way.
-    const above = (price) => front.filter(({ method }) => !method.baseline && cost.of(method) < price).length % 2 === 0;
     return {
       data: [
         {
@@ -198,7 +196,8 @@
           },
           // Named on the chart: what is on the front; the rest by pointing at it.
           text: points.map(({ method }) => (method.baseline || !method.fronts.includes(name) ? "" : narrow() ? method.delta_type : short(method.label))),
-          textposition: prices.map((price) => `${above(price) ? "top" : "bottom"} ${price >= middle ? "left" : "right"}`),
+          // Nothing is above and to the left of a front, but the edge of the chart is.
+          textposition: prices.map((price) => (share(price) > 0.25 ? "top left" : "top right")),
           textfont: { size: 11, color: token("--soft") }, cliponaxis: false,
           hovertext: points.map(({ method }) => `${method.label}<br>${number(method.mean)} for ${cost.of(method).toLocaleString("en", { maximumFractionDigits: 1 })}`),
           hovertemplate: "%{hovertext}<extra></extra>", customdata: points.map(({ id }) => `method/${id}`),
