@@ -138,12 +138,12 @@ def _computed(module: Any, x: torch.Tensor, layers: list[tuple[Any, Rows | None]
     layer, rows = layers[0]
     if len(layers) > 1 or rows is not None or layer.batch_rows is not None or layer.drops or cast or not exact(weight):
         return None
-    delta = layer.delta()
-    if type(delta) not in PLAIN or delta.dtype != weight.dtype:
+    parameters = list(layer.parameters())
+    if not all(type(parameter) in PLAIN and parameter.dtype == weight.dtype for parameter in parameters):
         return None
     if not torch.is_grad_enabled():
-        return nn.functional.linear(x, weight + delta, bias)
-    return ShiftedLinear.apply(x, weight, bias, delta)
+        return nn.functional.linear(x, weight + layer.delta(), bias)
+    return ShiftedLinear.apply(x, weight, bias, layer, *parameters)
 
 
 def _updates(

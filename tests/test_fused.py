@@ -18,7 +18,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from deltaexp import AdapterModel, DeltaModel, LoraModel, fused, route, speed
+from deltaexp.deltas._linear import LinearMap
 from deltaexp.deltas._low_rank import LowRankLinear, ShiftedLinear, Update, low_rank_linear
+from deltaexp.deltas.loha import LohaLayer
+from deltaexp.deltas.lokr import LokrLayer
 from deltaexp.deltas.lora import LoraLayer
 from deltaexp.errors import ConfigError
 
@@ -63,15 +66,20 @@ def test_gradients(number: int, rows: int, transposed: bool) -> None:
             torch.testing.assert_close(function(x, *factors), low_rank_linear(x, weight, bias, updates, *factors))
 
 
-def test_gradients_of_a_full_size_update() -> None:
-    inputs = [torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in ((2, 3, 5), (4, 5))]
-    weight, bias = torch.randn(4, 5).double(), torch.randn(4).double()
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+def test_gradients_of_a_full_size_update(kind: str) -> None:
+    target = LinearMap(6, 4)
+    layer = (LohaLayer if kind == "loha" else LokrLayer)(target, 2, 0.5, 0.0).double()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    weight, bias = torch.randn(4, 6).double(), torch.randn(4).double()
+    x = torch.randn(2, 3, 6, dtype=torch.double, requires_grad=True)
 
-    def function(x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-        return ShiftedLinear.apply(x, weight, bias, delta)
+    def function(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        return ShiftedLinear.apply(x, weight, bias, layer, *parameters)
 
-    assert torch.autograd.gradcheck(function, inputs)
-    assert torch.autograd.gradgradcheck(function, inputs)
+    assert torch.autograd.gradcheck(function, (x, *layer.parameters()))
+    assert torch.autograd.gradgradcheck(function, (x, *layer.parameters()))
 
 
 class Net(nn.Module):

@@ -192,16 +192,29 @@ class LowRankLinear(torch.autograd.Function):
 
 
 class ShiftedLinear(torch.autograd.Function):
-    """``x (W + D)^T + b``: one product in place of two, for a full-size update ``D``."""
+    """``x (W + D)^T + b``: one product in place of two, for the full-size update ``D`` that a layer's ``delta()`` returns.
+
+    ``D`` is computed anew in the backward pass, and only the parameters it comes from are kept.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Any, weight: Any, bias: Any, delta: Any) -> Any:
-        ctx.save_for_backward(x, weight, delta)
-        return functional.linear(x, weight + delta, bias)
+    def forward(ctx: Any, x: Any, weight: Any, bias: Any, layer: Any, *parameters: Any) -> Any:
+        ctx.layer = layer
+        ctx.save_for_backward(x, weight, *parameters)
+        return functional.linear(x, weight + layer.delta(), bias)
 
     @staticmethod
     def backward(ctx: Any, g: Any) -> Any:
-        x, weight, delta = ctx.saved_tensors
-        grad_x = g @ (weight + delta) if ctx.needs_input_grad[0] else None
-        grad_delta = _rows(g).T @ _rows(x) if ctx.needs_input_grad[3] else None
-        return grad_x, None, None, grad_delta
+        x, weight, *parameters = ctx.saved_tensors
+        again = torch.is_grad_enabled()
+        with torch.enable_grad():
+            delta = ctx.layer.delta()
+        grad_x = g @ (weight + (delta if again else delta.detach())) if ctx.needs_input_grad[0] else None
+        grads: list[Any] = [None] * len(parameters)
+        wanted = [number for number, needs in enumerate(ctx.needs_input_grad[4:]) if needs]
+        if wanted:
+            grad_delta = _rows(g).T @ _rows(x)
+            found = torch.autograd.grad(delta, [parameters[number] for number in wanted], grad_delta, create_graph=again)
+            for number, grad in zip(wanted, found, strict=True):
+                grads[number] = grad
+        return grad_x, None, None, None, *grads

@@ -74,11 +74,12 @@ class VeraLayer(LowRankDelta):
         self.vera_lambda_b = nn.Parameter(torch.zeros(target.out_dim))
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return ``d * A`` and ``b * B``."""
-        # Where a backbone is spread over devices, the shared matrices are on one of them.
+        """Return ``A`` and ``b * B * d``."""
+        # What is trained is in one factor, so that no gradient of the other one is computed. Where a backbone is spread over
+        # devices, the shared matrices are on one of them.
         down = self.projection.vera_A[:, : self.target.in_dim].to(self.vera_lambda_d)
         up = self.projection.vera_B[: self.target.out_dim].to(self.vera_lambda_b)
-        return self.vera_lambda_d[:, None] * down, self.vera_lambda_b[:, None] * up
+        return down, self.vera_lambda_b[:, None] * (up * self.vera_lambda_d)
 
 
 class VeraProjection(Layer):
