@@ -110,7 +110,7 @@ def test_every_module_is_in_the_layout() -> None:
 def test_the_commands_compose() -> None:
     for line in re.findall(r"python -m deltaexp ([^`\n]*)", README):
         words = [word.strip("'") for word in line.split("|")[0].split() if "=" in word]
-        others = {"push", "compare", "report", "verify", "list", "export", "import", "eval", "predict", "--config-dir"}
+        others = {"push", "report", "verify", "list", "export", "import", "eval", "predict", "--config-dir"}
         if "lora_rank=4" in words or others & set(line.split()):
             continue
         if "-m" in line.split():
