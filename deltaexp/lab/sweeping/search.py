@@ -159,14 +159,14 @@ class _Searched:
     def job(self, params: Mapping[str, Any]) -> Job:
         """Return the job of a trial."""
         job = grid.job([*self.planned.words, *design.OF_TRIALS, *space.words(params)], self.search_path)
-        return dataclasses.replace(job, sweep=str(self.folder), again=self.command)
+        return _placed(job, self.folder, self.command)
 
     def final(self, seed: int, folder: Path) -> Job:
         """Return the job of the best trial's values with another seed, which is measured on the test split."""
         best = self.study.best()
         assert best is not None
         job = grid.job([*self.planned.words, *space.words(best.params), f"seed={seed}"], self.search_path)
-        return dataclasses.replace(job, sweep=str(folder), again=self.command)
+        return _placed(job, folder, self.command)
 
     def settle(self, number: int, job: Job, entry: record.Entry) -> bool:
         """Note what came of a trial, and say whether anything did."""
@@ -183,6 +183,13 @@ class _Searched:
         else:
             return False
         return True
+
+
+def _placed(job: Job, folder: Path, command: str) -> Job:
+    """Return a job with its place, and trackers that do not mix it with the trials, or final runs, of other searches."""
+    group = job.run.tracker.group or f"{folder.parent.name}-{folder.name}"
+    run = dataclasses.replace(job.run, tracker=dataclasses.replace(job.run.tracker, group=group))
+    return dataclasses.replace(job, run=run, sweep=str(folder), again=command)
 
 
 def _metric(job: Job) -> tuple[str, bool]:
