@@ -193,7 +193,7 @@ def training_fp32() -> Group:
         found.append(Contender(f"PEFT LoRA {kind}", "peft", f"lora {kind}", "fp32", of_peft(peft_lora(kind))))
         found.append(Contender(f"LoRA {kind}", "deltaexp", f"lora {kind}", "fp32", ours(our_lora(kind))))
         hooks = ours(our_lora(kind), fused=False)
-        found.append(Contender(f"LoRA {kind}, by hooks", "deltaexp", f"lora {kind}", "fp32", hooks))
+        found.append(Contender(f"LoRA {kind}, by hooks", "deltaexp", f"lora {kind} by hooks", "fp32", hooks))
     return Group("training, fp32", True, found, LIMIT)
 
 
