@@ -1,4 +1,4 @@
-"""A linear map and the updates that deltas add to it, computed in one (`deltaexp.deltas._low_rank` has the computation).
+"""A linear map and the updates that deltas add to it, computed in one (`deltaexp.low_rank` has the computation).
 
 In place of the module's own computation this comes so: the module gets a subclass of its own class, as it does from
 ``torch.nn.utils.parametrize`` and ``fully_shard``, with another ``__call__`` and nothing else. That looks at what hangs on the
@@ -22,10 +22,10 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers import pytorch_utils
 
 from deltaexp.deltas._linear import LowRankDelta, WeightDelta
-from deltaexp.deltas._low_rank import LowRankLinear, ShiftedLinear, Update, exact, low_rank_linear
 from deltaexp.hooks import add_parallel
 from deltaexp.layout import Rows
 from deltaexp.lazy import Layer
+from deltaexp.low_rank import LowRankLinear, ShiftedLinear, Update, exact, low_rank_linear
 from deltaexp.speed import settings
 
 PLAIN = (torch.Tensor, nn.Parameter)

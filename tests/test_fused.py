@@ -19,11 +19,11 @@ from transformers.pytorch_utils import Conv1D
 
 from deltaexp import AdapterModel, DeltaModel, LoraModel, fused, route, speed
 from deltaexp.deltas._linear import LinearMap
-from deltaexp.deltas._low_rank import LowRankLinear, ShiftedLinear, Update, low_rank_linear
 from deltaexp.deltas.loha import LohaLayer
 from deltaexp.deltas.lokr import LokrLayer
 from deltaexp.deltas.lora import LoraLayer
 from deltaexp.errors import ConfigError
+from deltaexp.low_rank import LowRankLinear, ShiftedLinear, Update, low_rank_linear
 
 PARTS = [
     (Update(0.5, 0.0, None),),

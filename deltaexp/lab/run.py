@@ -150,6 +150,11 @@ def _train(
         if backbone.new:
             console.print(f"  new, trained and saved with the delta: {listing(backbone.new)}")
 
+        before = notes.get("before")
+        to_evaluate = before is None and config.trainer.evaluate_before
+        # All of it, new heads included; sharded weights could not be read.
+        plain = model_sha256(model_digests(backbone.model, backbone_tensors(backbone.model))) if to_evaluate else None
+
         # 4. Targets, attachment, freezing.
         with clock.phase("attach", f"delta {delta_config.delta_type}"):
             transformers.set_seed(seeds["init"])  # the delta starts the same whatever the head needed
@@ -181,11 +186,9 @@ def _train(
 
         # 6. The backbone as it is, 7. training, 8. the delta.
         final = splits[data.evaluated]
-        before = notes.get("before")
-        if before is None and config.trainer.evaluate_before:
+        if to_evaluate:
             told = f"evaluating the backbone as it is on {data.evaluated}"
             with clock.phase("evaluate before", told), delta_model.detached():
-                plain = model_sha256(model_digests(backbone.model, backbone_tensors(backbone.model)))
                 measured = ["before", plain, data.fingerprint, config.task, kind.cache_key(), config.backbone, precision]
                 measured += [config.trainer.eval_batch_size, config.trainer.cpu]
                 before = shared.once(measured, functools.partial(training.evaluate, trainer, final))

@@ -143,6 +143,7 @@ class LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Any, weight: Any, bias: Any, updates: tuple[Update, ...], *factors: Any) -> Any:
+        """Compute the outputs ``(..., out_dim)`` of ``x (..., in_dim)``, and keep what the gradients need."""
         ctx.updates = updates
         rows = x.shape[:-1].numel()
         ctx.can_be_whole = _can_be_whole(weight, updates, factors)
@@ -158,6 +159,7 @@ class LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Any) -> Any:
+        """Return the gradients of ``x`` and of the update's parameters; the frozen weight has none."""
         count = len(ctx.updates)
         x, weight, *rest = ctx.saved_tensors
         factors, masks, inner = rest[: 2 * count], rest[2 * count : 3 * count], rest[3 * count :]
@@ -199,12 +201,14 @@ class ShiftedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Any, weight: Any, bias: Any, layer: Any, *parameters: Any) -> Any:
+        """Compute the outputs ``(..., out_dim)`` of ``x (..., in_dim)``."""
         ctx.layer = layer
         ctx.save_for_backward(x, weight, *parameters)
         return functional.linear(x, weight + layer.delta(), bias)
 
     @staticmethod
     def backward(ctx: Any, g: Any) -> Any:
+        """Return the gradients of ``x`` and of the update's parameters; the frozen weight has none."""
         x, weight, *parameters = ctx.saved_tensors
         again = torch.is_grad_enabled()
         with torch.enable_grad():
