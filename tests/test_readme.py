@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -107,18 +108,29 @@ def test_every_module_is_in_the_layout() -> None:
         assert path.name in layout or path.name == "__init__.py"
 
 
-def test_the_commands_compose() -> None:
+def commands() -> Iterator[tuple[bool, list[str]]]:
+    """Yield of each command that trains whether it is a sweep, and its overrides."""
     for line in re.findall(r"python -m deltaexp ([^`\n]*)", README):
-        words = [word for word in shlex.split(line.split("|")[0], comments=True) if "=" in word]
+        words = shlex.split(line.split("|")[0], comments=True)
         others = {"push", "report", "verify", "list", "export", "import", "eval", "predict", "--config-dir"}
-        if "lora_rank=4" in words or others & set(line.split()):
-            continue
-        if "-m" in line.split():
-            words = [re.sub(r"^(trainer\.[a-z_]+=[\w.-]+),.*", r"\1", word) for word in words]  # one of several rates will do
-            plan = grid.plan(tuple(grid.words_for_hydra(words)))
-            if plan is None:  # Optuna decides what to run
-                assert {"hydra/sweeper=optuna", "experiment=equal_budget"} & set(words)
-            else:
-                assert len(plan.jobs) > 1
-        else:
+        if "lora_rank=4" not in words and not others & set(words):
+            yield "-m" in words, [word for word in words if "=" in word]
+
+
+def test_the_commands_compose() -> None:
+    for sweep, words in commands():
+        if not sweep:
             schema.composed(words)
+
+
+@pytest.mark.slow
+def test_the_sweeps_compose() -> None:
+    for words in {tuple(words) for sweep, words in commands() if sweep}:
+        # One of several rates will do.
+        plan = grid.plan(
+            tuple(grid.words_for_hydra([re.sub(r"^(trainer\.[a-z_]+=[\w.-]+),.*", r"\1", word) for word in words]))
+        )
+        if plan is None:  # Optuna decides what to run
+            assert {"hydra/sweeper=optuna", "experiment=equal_budget"} & set(words)
+        else:
+            assert len(plan.jobs) > 1
