@@ -1,6 +1,8 @@
 """What all tests share."""
 
+import contextlib
 import os
+import sys
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Before torch is imported: the processes of pytest-xdist share the cores, and so would their threads.
@@ -11,6 +13,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 from browser import chromium, new_page
 from hub_fixtures import hub, hub_client
+
+with contextlib.suppress(ImportError):  # it comes with rouge-score
+    from absl import logging
+
+    # When Hydra sets up logging, it would close the stream that it found at its import: what pytest captures.
+    logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 __all__ = ["chromium", "hub", "hub_client", "new_page"]
 
