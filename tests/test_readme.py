@@ -117,6 +117,7 @@ def commands() -> Iterator[tuple[bool, list[str]]]:
             yield "-m" in words, [word for word in words if "=" in word]
 
 
+@pytest.mark.slow
 def test_the_commands_compose() -> None:
     for sweep, words in commands():
         if not sweep:

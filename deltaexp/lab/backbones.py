@@ -59,7 +59,7 @@ def location(source: str) -> str:
     """
     scheme, _, rest = source.partition(":")
     if scheme == "embedded":
-        known = sorted(path.name for path in ASSETS.iterdir() if path.is_dir())
+        known = sorted(path.name for path in ASSETS.iterdir() if (path / "config.json").exists())
         if rest not in known:
             raise ConfigError(f"There is no embedded backbone {rest!r}; there is {listing(known)}.")
         return str(ASSETS / rest)

@@ -65,6 +65,7 @@ def test_cfg_shows_the_composed_config(tmp_path: Path) -> None:
     assert "name: tiny_t5" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_sweep_makes_verified_deltas_and_a_push_later_works(tmp_path: Path, hub) -> None:
     env = hub_env(hub, tmp_path, TOKEN)
     done = deltaexp(
@@ -87,6 +88,7 @@ def test_a_sweep_makes_verified_deltas_and_a_push_later_works(tmp_path: Path, hu
     assert TOKEN not in done.stdout + done.stderr + pushed.stdout + pushed.stderr
 
 
+@pytest.mark.slow
 def test_a_folder_of_configs_is_for_plan_and_structure_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine/backbone").mkdir(parents=True)
     (tmp_path / "mine/backbone/other.yaml").write_text("name: other\nsource: embedded:tiny_t5\ntokenizer: byt5\n")

@@ -40,7 +40,7 @@ def planned(folder: Path, *more: str, sizes: Sizes | None = None) -> Plan:
     return plan.make(*schema.composed(words(folder, *more)), sizes)
 
 
-@pytest.mark.parametrize("delta_type", slow_but(registry.known(), ("lora", "full", "none")))
+@pytest.mark.parametrize("delta_type", slow_but(registry.known(), ("lora",)))
 def test_every_type_without_weights(delta_type: str, configs: dict[str, Path], backbone_folders: dict[str, Path]) -> None:
     keys = KEYS.get(delta_type, [])
     found = planned(configs["t5"], f"delta_type={delta_type}", *keys)
@@ -80,6 +80,7 @@ def test_only_the_config_is_read(configs: dict[str, Path], monkeypatch: pytest.M
     assert planned(configs["llama"]).patterns["attn.q"][0] == plan.Alike("model.layers.*.self_attn.q_proj", 2, "32 -> 32")
 
 
+@pytest.mark.slow
 def test_a_new_head_is_told_as_in_a_run(configs: dict[str, Path], backbone_folders: dict[str, Path]) -> None:
     config, _ = schema.composed(words(backbone_folders["bert"]))
     loaded = backbones.load(config.backbone, config.task)
@@ -122,6 +123,7 @@ def test_a_typo_and_its_price(
         planned(configs["t5"], typed)
 
 
+@pytest.mark.slow
 def test_what_may_not_be_meant_is_remarked(configs: dict[str, Path]) -> None:
     found = planned(configs["t5"], "modified_modules=['[r]0.layer.0.SelfAttention.q']", "exclude_modules=[dense_relu]")
     assert any("1 of 2 blocks of encoder.block" in remark for remark in found.remarks)
@@ -129,6 +131,7 @@ def test_what_may_not_be_meant_is_remarked(configs: dict[str, Path]) -> None:
     assert not planned(configs["t5"], "layers=0", "modified_modules=[attn.q]").remarks
 
 
+@pytest.mark.slow
 def test_checkpoints_of_activations_cost_flops_and_save_memory(configs: dict[str, Path]) -> None:
     kept, again = (planned(configs["llama"], f"trainer.gradient_checkpointing={on}") for on in ("false", "true"))
     assert again.memory["cpu"].saved_for_backward < kept.memory["cpu"].saved_for_backward
@@ -136,6 +139,7 @@ def test_checkpoints_of_activations_cost_flops_and_save_memory(configs: dict[str
     assert again.flops["forward"] == kept.flops["forward"]
 
 
+@pytest.mark.slow
 def test_quantised_weights(configs: dict[str, Path]) -> None:
     pytest.importorskip("bitsandbytes")
     plain, packed = planned(configs["llama"]), planned(configs["llama"], "backbone.quantization=bnb_4bit")
@@ -148,11 +152,13 @@ def test_quantised_weights(configs: dict[str, Path]) -> None:
         planned(configs["llama"], "backbone.quantization=bnb_4bit", "delta_type=full")
 
 
+@pytest.mark.slow
 def test_the_dtype_of_the_checkpoint(configs: dict[str, Path]) -> None:
     half, auto = (planned(configs["llama"], f"backbone.dtype={dtype}") for dtype in ("bfloat16", "auto"))
     assert half.memory["cpu"].training[WEIGHTS] < auto.memory["cpu"].training[WEIGHTS]  # float32 was saved
 
 
+@pytest.mark.slow
 def test_sizes_and_steps(configs: dict[str, Path]) -> None:
     longest = planned(configs["llama"], "trainer.max_steps=-1", "task.train_rows=null")
     assert longest.batch == {"rows": 4, "length": 24}  # source and target in one sequence
@@ -168,6 +174,7 @@ def test_sizes_and_steps(configs: dict[str, Path]) -> None:
         planned(configs["llama"], sizes=Sizes(length=300))
 
 
+@pytest.mark.slow
 def test_the_command(configs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *words(configs["t5"]), "json=true", "length=8"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -9,6 +9,7 @@ from deltaexp.errors import ConfigError
 from deltaexp.lab import schema
 
 
+@pytest.mark.slow
 # Backbones and tasks are many, and are composed in test_backbones.py and tasks/test_shipped.py.
 @pytest.mark.parametrize("group", sorted(set(schema.GROUPS) - {"backbone", "task"}))
 def test_every_choice_composes_and_is_described(group: str) -> None:

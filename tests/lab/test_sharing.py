@@ -51,6 +51,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
+@pytest.mark.slow
 def test_new_heads_begin_as_they_would(small_bert: Path, small_reviews: Path, tmp_path: Path, loads: list[str]) -> None:
     shared = Shared()
     words = [*LOCAL, f"backbone.source={small_bert}", f"task.data={small_reviews}"]

@@ -105,6 +105,7 @@ def test_parameters_without_a_gradient_are_named(trainer_for: Make) -> None:
         trainer.train()
 
 
+@pytest.mark.slow
 def test_the_learning_rate_is_the_recommended_one_unless_another_is_named() -> None:
     for name in registry.known():
         config, delta = schema.composed([f"delta_type={name}", "task=sst2", "backbone=minilm"])

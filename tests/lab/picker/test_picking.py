@@ -218,6 +218,7 @@ def test_groups_of_the_users(tmp_path: Path) -> None:
     assert found == schema.composed(shlex.split(command)[5:], [str(tmp_path)])
 
 
+@pytest.mark.slow
 def test_files_are_never_replaced_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Picker) -> None:
     monkeypatch.setattr(tiny, "folder", tmp_path)
     path = tmp_path / "experiment" / "mine.yaml"
