@@ -66,6 +66,7 @@ def main() -> None:
     regression = task.kind == "regression"
     set_seed(chosen.seed)
     extra = {"num_labels": 1, "problem_type": "regression"} if regression else {"num_labels": len(task.labels)}
+    extra["attn_implementation"] = "eager" if chosen.device == "cpu" else "sdpa"  # as in `minilm_study.py`
     model = AutoModelForSequenceClassification.from_pretrained(place, **extra)
     set_seed(chosen.seed)
     config = LoraConfig(

@@ -94,6 +94,7 @@ def test_shares_make_up_the_global_batches(rows: int, count: int) -> None:
         assert max(sizes) - min(sizes) <= 1
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_trains(backbones: dict[str, list[str]], tmp_path: Path) -> None:
     words = [*backbones["bert"], *COMMON]
     run_together([(tmp_path / "two", [*words, *batches(4)])], tmp_path)
