@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from transformers import pytorch_utils
@@ -28,7 +29,8 @@ from deltaexp.lazy import Layer
 from deltaexp.low_rank import LowRankLinear, ShiftedLinear, Update, exact, low_rank_linear
 from deltaexp.speed import settings
 
-PLAIN = (torch.Tensor, nn.Parameter)
+PLAIN = (torch.Tensor, nn.Parameter, FakeTensor)
+"""Tensors that hide nothing; those without values are what a step is planned with (`deltaexp.lab.estimate`)."""
 
 
 def _call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -82,7 +84,8 @@ def _layers(module: nn.Module, x: Any) -> list[tuple[Any, Rows | None]]:
         or type(module) not in ORIGINAL
         or "forward" in module.__dict__  # accelerate's hooks
         or type(x) not in PLAIN
-        or type(weight) is not nn.Parameter
+        or weight is None
+        or type(weight) not in (nn.Parameter, FakeTensor)
         or not x.is_floating_point()
         or _has_any_global_hook()
         or torch._C._get_tracing_state()
