@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.data import Sampler
+from torch.utils.data import RandomSampler, Sampler
 from transformers import (
     EarlyStoppingCallback,
     EvalPrediction,
@@ -36,6 +36,8 @@ from deltaexp.model import DeltaModel
 TRAINER_STATE = "trainer_state.json"
 SPREAD = 1_000_003
 """What the seeds of dropout differ by from one process to the next."""
+PART = 2**16
+"""Rows of an epoch's order that are made Python's numbers at once."""
 
 
 class DeltaTrainer(ParallelTrainer):
@@ -314,8 +316,13 @@ class EpochSampler(Sampler):
         self.sampler, self.seed, self.epoch = sampler, seed, epoch
 
     def __iter__(self) -> Iterator[int]:
-        self.sampler.generator = torch.Generator().manual_seed(self.seed + self.epoch())
-        return iter(self.sampler)
+        generator = torch.Generator().manual_seed(self.seed + self.epoch())
+        if type(self.sampler) is RandomSampler:  # which would make a list of Python's numbers of its permutation
+            for part in torch.randperm(len(self.sampler), generator=generator).split(PART):
+                yield from part.tolist()
+            return
+        self.sampler.generator = generator
+        yield from self.sampler
 
     def __len__(self) -> int:
         return len(self.sampler)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import FAMILIES, attach
+from torch.utils.data import RandomSampler
 from transformers import TrainerCallback
 
 from deltaexp import AutoDeltaConfig, AutoDeltaModel, registry
@@ -298,6 +299,12 @@ def test_a_compiler_is_asked_for(trainer_for: Make, monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler"):
         trainer_for({"delta_type": "lora"}, compile=True)
+
+
+def test_an_epochs_order_is_that_of_torchs_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "PART", 7)
+    plain = RandomSampler(range(50), generator=torch.Generator().manual_seed(3 + 2))
+    assert list(training.EpochSampler(RandomSampler(range(50)), 3, lambda: 2)) == list(plain)
 
 
 def test_training_that_diverges_is_stopped(trainer_for: Make) -> None:

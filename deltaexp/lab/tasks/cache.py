@@ -6,7 +6,9 @@ They lie in ``tokenised`` in deltaexp's cache folder (``DELTAEXP_CACHE``, or ``~
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 
 from deltaexp.digest_cache import cache_dir
 
@@ -26,6 +28,8 @@ STALE = 86_400
 """Seconds after which half-made data are nobody's."""
 UNUSED = 30 * 86_400
 """Seconds without use after which data are removed."""
+LARGE = 2**25
+"""Bytes of rows from which on what is made of them goes into a file instead of memory."""
 
 
 def cached(key: Mapping[str, Any], make: Callable[[], DatasetDict]) -> DatasetDict:
@@ -57,6 +61,46 @@ def cached(key: Mapping[str, Any], make: Callable[[], DatasetDict]) -> DatasetDi
         return _read(folder) or _in_memory(stage / "data")
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def mapped(rows: Dataset, function: Callable[..., Any], **options: Any) -> Dataset:
+    """Return what `Dataset.map` makes of rows: in memory if they are few, else in a file (see `in_file`).
+
+    Args:
+        rows: The rows.
+        function: As for `Dataset.map`.
+        options: As for `Dataset.map`.
+    """
+    if rows.data.nbytes * len(rows) <= LARGE * rows.data.num_rows:  # of a table of which some rows are chosen, their part
+        return rows.map(function, keep_in_memory=True, load_from_cache_file=False, **options)
+    return in_file(lambda name: rows.map(function, cache_file_name=name, load_from_cache_file=False, **options))
+
+
+def in_file(make: Callable[[str], Dataset]) -> Dataset:
+    """Return rows that lie in a file which is mapped into memory.
+
+    The file has lost its name when this returns, so that its room on the disk is free when nobody uses the rows any more.
+
+    Args:
+        make: Writes rows into a file of the name that it is given, and returns them.
+    """
+    folder = _working(cache_dir() / "tokenised")
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(suffix=".arrow", dir=folder)
+    os.close(handle)
+    made = make(name)
+    with contextlib.suppress(OSError):  # a system on which an open file keeps its name removes it when the process ends
+        os.unlink(name)
+    return made
+
+
+@functools.cache
+def _working(parent: Path) -> Path:
+    """Return a folder of this process; what killed ones leave is removed with half-made data."""
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".making-", dir=parent))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _read(folder: Path) -> DatasetDict | None:

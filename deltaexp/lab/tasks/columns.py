@@ -15,6 +15,7 @@ from datasets import Dataset, Features, List, Value
 from deltaexp.errors import ConfigError, TaskError, did_you_mean, listing
 from deltaexp.lab import taskconfig
 from deltaexp.lab.taskconfig import TaskConfig
+from deltaexp.lab.tasks.cache import mapped
 
 Spec = str | list[str]
 """A column or a template; a list of them makes a column of lists."""
@@ -44,10 +45,10 @@ def view(rows: Dataset, specs: Mapping[str, Spec], task: TaskConfig) -> Dataset:
         filled = [[value_of(row, spec, task, number) for spec in specs.values()] for number, row in made]
         return {name: list(values) for name, values in zip(specs, zip(*filled, strict=True), strict=True)}
 
-    return rows.select_columns(list(dict.fromkeys(needed))).map(
-        fill, batched=True, with_indices=True, remove_columns=list(dict.fromkeys(needed)), keep_in_memory=True,
-        features=Features({name: _feature(rows, spec) for name, spec in specs.items()}), load_from_cache_file=False,
-        desc="columns",
+    columns = list(dict.fromkeys(needed))
+    return mapped(
+        rows.select_columns(columns), fill, batched=True, with_indices=True, remove_columns=columns,
+        features=Features({name: _feature(rows, spec) for name, spec in specs.items()}), desc="columns",
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from deltaexp.errors import TaskError
 from deltaexp.lab.taskconfig import TaskConfig, fields_of
+from deltaexp.lab.tasks.cache import mapped
 
 STARTS = {
     "a", "an", "the", "this", "that", "these", "those", "he", "she", "it", "they", "we", "you", "his", "her", "its", "their",
@@ -41,7 +42,7 @@ def wic(rows: Dataset, task: TaskConfig) -> Dataset:
         }  # fmt: skip
 
     _need(rows, task, "sentence1", "sentence2", "start1", "end1", "start2", "end2")
-    return rows.map(mark, **QUIET)
+    return mapped(rows, mark)
 
 
 def wsc(rows: Dataset, task: TaskConfig) -> Dataset:
@@ -62,7 +63,7 @@ def wsc(rows: Dataset, task: TaskConfig) -> Dataset:
         return {"text": text}
 
     _need(rows, task, "text", "span1_index", "span1_text", "span2_index", "span2_text")
-    return rows.map(mark, **QUIET)
+    return mapped(rows, mark)
 
 
 def copa(rows: Dataset, task: TaskConfig) -> Dataset:
@@ -77,7 +78,7 @@ def copa(rows: Dataset, task: TaskConfig) -> Dataset:
         }
 
     _need(rows, task, "premise", "choice1", "choice2", "question")
-    return rows.map(join, **QUIET)
+    return mapped(rows, join)
 
 
 def record(rows: Dataset, task: TaskConfig) -> Dataset:
@@ -100,11 +101,11 @@ def record(rows: Dataset, task: TaskConfig) -> Dataset:
         }
 
     _need(rows, task, "passage", "query", "entities", "answers")
-    return rows.map(number, **QUIET).filter(lambda label: label >= 0, input_columns="label", **QUIET)
+    return mapped(rows, number).filter(lambda label: label >= 0, input_columns="label", **QUIET)
 
 
 QUIET: dict[str, Any] = {"keep_in_memory": True, "load_from_cache_file": False}
-"""Nothing on disk: rows are kept by content after they are tokenised."""
+"""Which rows are kept is noted in memory, eight bytes each."""
 
 
 def _need(rows: Dataset, task: TaskConfig, *columns: str) -> None:

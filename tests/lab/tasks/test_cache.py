@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, load_from_disk
 from small import byte_tokenizer
 from transformers import T5Config
 
@@ -59,6 +59,28 @@ def test_what_nobody_uses_is_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyP
     cache.cached({"a": 3}, make)
     assert not kept.exists()
     assert held["train"]["x"][:] == [0, 1, 2]  # who has it open keeps it
+
+
+def test_what_is_made_of_many_rows_lies_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DELTAEXP_CACHE", str(tmp_path))
+    rows = Dataset.from_dict({"x": list(range(2500))})
+    few = rows.select(range(10))
+    monkeypatch.setattr(cache, "LARGE", rows.data.nbytes - 1)
+
+    def double(batch: dict[str, list]) -> dict[str, list]:
+        return {"y": [2 * x for x in batch["x"]]}
+
+    small, large = (cache.mapped(part, double, batched=True, remove_columns="x") for part in (few, rows))
+    assert not small.cache_files
+    assert large.cache_files
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))  # its room is free when nobody uses it any more
+    assert small["y"][:] == list(range(0, 20, 2))
+    assert large["y"][:] == list(range(0, 5000, 2))
+    # What one does with rows works, though their file has no name.
+    assert sorted(large.shuffle(seed=0).select(range(2500))["y"]) == large["y"][:]
+    again = cache.mapped(large, lambda batch: {"z": batch["y"]}, batched=True)
+    large.save_to_disk(str(tmp_path / "saved"))
+    assert again["z"][:] == load_from_disk(str(tmp_path / "saved"))["y"][:] == large["y"][:]
 
 
 def test_the_key_tells_tokenizers_and_code_apart() -> None:

@@ -20,7 +20,7 @@ from torch import nn
 
 from deltaexp.lab.taskconfig import TaskConfig
 from deltaexp.lab.tasks import metrics
-from deltaexp.lab.tasks.cache import cached
+from deltaexp.lab.tasks.cache import cached, mapped
 from deltaexp.lab.tasks.columns import Spec
 from deltaexp.lab.tasks.data import TaskData
 
@@ -46,8 +46,11 @@ class Split:
         """How long each feature is, in tokens; None where features have no length."""
         if "input_ids" not in self.features.column_names:
             return None
+        batches = self.features.select_columns("input_ids").iter(1000)
         # Of a row that stands for several sequences, its first.
-        return [len(ids[0]) if ids and isinstance(ids[0], list) else len(ids) for ids in self.features["input_ids"]]
+        return [
+            len(ids[0]) if ids and isinstance(ids[0], list) else len(ids) for batch in batches for ids in batch["input_ids"]
+        ]
 
 
 class Kind:
@@ -189,7 +192,9 @@ class Kind:
         found = {}
         for split, rows in data.splits.items():
             table = features[split]
-            cut = int(np.sum(table["truncated"])) if "truncated" in table.column_names else 0
+            cut = 0
+            if "truncated" in table.column_names:
+                cut = sum(sum(batch["truncated"]) for batch in table.select_columns("truncated").iter(1000))
             drop = ["truncated", *([ROW] if split == "train" else [])]
             found[split] = Split(rows, table.remove_columns([name for name in drop if name in table.column_names]), cut)
         return found
@@ -220,10 +225,9 @@ class Kind:
                 return {**result, ROW: [numbers[number] for number in within]}
 
             # A fingerprint of our own: Hugging Face's would try to hash the tokenizer, and `cached` keeps the result.
-            made[split] = rows.map(
-                features, batched=True, with_indices=True, remove_columns=rows.column_names, keep_in_memory=True,
-                load_from_cache_file=False, desc=f"tokenising {split}",
-            )  # fmt: skip
+            made[split] = mapped(
+                rows, features, batched=True, with_indices=True, remove_columns=rows.column_names, desc=f"tokenising {split}"
+            )
         return DatasetDict(made)
 
 

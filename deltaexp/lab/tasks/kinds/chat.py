@@ -13,6 +13,7 @@ from torch import nn
 
 from deltaexp.errors import TaskError, unknown
 from deltaexp.lab.taskconfig import TaskConfig
+from deltaexp.lab.tasks.cache import mapped
 from deltaexp.lab.tasks.columns import Spec
 from deltaexp.lab.tasks.data import TaskData
 from deltaexp.lab.tasks.kinds.base import IGNORED, Kind, extras
@@ -74,10 +75,9 @@ class Chat(Kind):
                 later += len(turns) > len(_answered(turns))
             if later:
                 notes.append(f"{later:,} rows of {split} go on after the last answer, which is left out")
-                rows = rows.map(
-                    lambda row: {"turns": _answered(conversation(row))}, remove_columns="messages", keep_in_memory=True,
-                    load_from_cache_file=False, desc="messages",
-                ).rename_column("turns", "messages")  # fmt: skip
+                rows = mapped(
+                    rows, lambda row: {"turns": _answered(conversation(row))}, remove_columns="messages", desc="messages"
+                ).rename_column("turns", "messages")
             found[split] = rows
         return found, [], notes
 
@@ -169,6 +169,11 @@ def _answered(turns: list[Message]) -> list[Message]:
     return turns[: last + 1]
 
 
+def _joined(batch: dict[str, list], numbers: list[int]) -> dict[str, np.ndarray]:
+    """Return what belongs to every token of some rows, one row after the other."""
+    return {name: np.concatenate([np.asarray(ids, np.int32) for ids in batch[name]]) for name in ("input_ids", "labels")}
+
+
 def rows_of(batch: dict[str, list]) -> list[dict[str, Any]]:
     """Return a batch as rows."""
     return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
@@ -222,8 +227,7 @@ class Instruction(Chat, DecoderText):
         made = super()._features(data)
         if not self.task.packing or "train" not in made:
             return made
-        columns = {name: np.concatenate([np.asarray(ids) for ids in made["train"][name]]) for name in ("input_ids", "labels")}
-        return DatasetDict({**made, "train": blocks(columns, self.source_length, self.task.name)})
+        return DatasetDict({**made, "train": blocks(made["train"], _joined, self.source_length, self.task.name)})
 
     def predict(self, model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Return the loss on what the assistant says, and the tokens of a generated last answer."""

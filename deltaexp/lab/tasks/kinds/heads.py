@@ -84,14 +84,15 @@ class Regression(Headed):
     def labelled(cls, splits: dict[str, Dataset], task: TaskConfig) -> tuple[dict[str, Dataset], list[str], list[str]]:
         """Check that targets are finite numbers."""
         for split, rows in splits.items():
-            try:
-                values = np.asarray(rows["target"], dtype=float)
-            except (TypeError, ValueError) as error:
-                raise TaskError(
-                    f"The split {split!r} of task {task.name!r} has targets that are no numbers: {error}."
-                ) from error
-            if not np.isfinite(values).all():
-                raise TaskError(f"The split {split!r} of task {task.name!r} has targets that are missing or infinite.")
+            for batch in rows.select_columns("target").iter(1000):
+                try:
+                    values = np.asarray(batch["target"], dtype=float)
+                except (TypeError, ValueError) as error:
+                    raise TaskError(
+                        f"The split {split!r} of task {task.name!r} has targets that are no numbers: {error}."
+                    ) from error
+                if not np.isfinite(values).all():
+                    raise TaskError(f"The split {split!r} of task {task.name!r} has targets that are missing or infinite.")
         return splits, [], []
 
     def features(self, batch: dict[str, list], training: bool) -> dict[str, list]:

@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from deltaexp.errors import TaskError, did_you_mean, listing
 from deltaexp.lab.taskconfig import TaskConfig
+from deltaexp.lab.tasks.cache import mapped
 
 
 def numbered(
@@ -57,24 +58,22 @@ def numbered(
     if as_numbers and same:
         return splits, names, notes
 
-    def number(row: dict[str, Any]) -> dict[str, Any]:
-        target = row["target"]
-        return {"target": [numbers[one] for one in target] if nested else numbers[target]}
+    def number(batch: dict[str, list]) -> dict[str, list]:
+        return {
+            "target": [[numbers[one] for one in target] if nested else numbers[target] for target in batch["label"]],
+        }
 
-    mapped = {
-        split: rows.rename_column("target", "label").map(
-            lambda row: number({"target": row["label"]}), remove_columns="label", keep_in_memory=True,
-            load_from_cache_file=False, desc="labels",
-        )
+    made = {
+        split: mapped(rows.rename_column("target", "label"), number, batched=True, remove_columns="label", desc="labels")
         for split, rows in splits.items()
-    }  # fmt: skip
-    return mapped, names, notes
+    }
+    return made, names, notes
 
 
 def _values(rows: Dataset, nested: bool) -> set[Any]:
     if not nested:
         return set(rows.unique("target"))
-    return {label for labels in rows["target"] for label in labels}
+    return {label for batch in rows.select_columns("target").iter(1000) for labels in batch["target"] for label in labels}
 
 
 def _class_names(splits: dict[str, Dataset], nested: bool) -> list[str] | None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import transformers
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Features, List, Value
 from torch import nn
 
 from deltaexp.errors import TaskError
 from deltaexp.lab.taskconfig import TaskConfig
+from deltaexp.lab.tasks.cache import mapped
 from deltaexp.lab.tasks.columns import Spec
 from deltaexp.lab.tasks.data import TaskData
 from deltaexp.lab.tasks.kinds.base import IGNORED, ROW, Kind
@@ -51,12 +53,13 @@ class CausalLM(Kind):
         """Check that there is text, and say which rows are left out."""
         notes = []
         for split, rows in splits.items():
-            texts = rows["text"]
+            texts = (text for batch in rows.select_columns("text").iter(1000) for text in batch["text"])
+            empty = 0
             for number, text in enumerate(texts):
                 if not isinstance(text, str):
                     raise TaskError(f"Row {number} of the split {split!r} of task {task.name!r} is no text: {text!r:.80}.")
-            empty = sum(not text for text in texts)
-            if empty == len(texts):
+                empty += not text
+            if empty == len(rows):
                 raise TaskError(f"All {empty} rows of the split {split!r} of task {task.name!r} are empty.")
             if empty and split == "train" and not task.packing:
                 notes.append(f"{empty:,} empty rows of the training split are left out; task.packing=true keeps them")
@@ -103,13 +106,19 @@ class CausalLM(Kind):
         for split, rows in data.splits.items():
             if split in plain:
                 continue
-            stream = self.stream(rows["text"])
             if split == "train":
-                made[split] = blocks({"input_ids": stream, "labels": stream}, self.source_length, self.task.name)
+                made[split] = blocks(rows, functools.partial(self._piece, len(rows)), self.source_length, self.task.name)
             else:
-                windows = overlapping(stream, self.source_length)
+                windows = overlapping(self.stream(rows["text"]), self.source_length)
                 made[split] = Dataset.from_dict({"input_ids": windows, "labels": windows, ROW: list(range(len(windows)))})
         return DatasetDict({split: made[split] for split in data.splits})
+
+    def _piece(self, count: int, batch: dict[str, list], numbers: list[int]) -> dict[str, np.ndarray]:
+        """Return the tokens of some of the ``count`` rows of a text, each to be predicted."""
+        # A piece ends in the separator where another follows.
+        more = [""] if numbers[-1] + 1 < count else []
+        stream = self.stream([*batch["text"], *more])[0 if numbers[0] == 0 else 1 :]
+        return {"input_ids": stream, "labels": stream}
 
     def collator(self, model: nn.Module) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """Pad a batch to its longest row, at the ends."""
@@ -153,26 +162,44 @@ def overlapping(stream: np.ndarray, length: int) -> list[np.ndarray]:
     return [stream[start : start + step + 1] for start in range(0, len(stream) - 1, step)]
 
 
-def blocks(columns: dict[str, np.ndarray], length: int, name: str) -> Dataset:
-    """Return columns of one long sequence cut into blocks of equal length; the rest, shorter than a block, is left out.
+def blocks(
+    rows: Dataset, columns: Callable[[dict[str, list], list[int]], dict[str, np.ndarray]], length: int, name: str
+) -> Dataset:
+    """Return rows joined into one long sequence and cut into blocks of equal length; the rest is left out.
+
+    A thousand rows are made into tokens at a time, so that the set may be larger than memory. What of them is shorter than a
+    block begins the next one.
 
     Args:
-        columns: What belongs to every token.
+        rows: The rows.
+        columns: Makes of some rows, of which it gets the columns and the numbers, ``input_ids`` and ``labels`` of every token.
         length: Of a block, in tokens.
         name: The task's name, for an error.
 
     Raises:
         TaskError: If there are fewer tokens than in one block.
     """
-    tokens = len(columns["input_ids"])
-    count = tokens // length
-    if not count:
+    left: dict[str, np.ndarray] = {}
+    tokens = 0
+
+    def cut(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
+        nonlocal left, tokens
+        new = columns(batch, numbers)
+        tokens += len(new["input_ids"])
+        whole = {column: np.concatenate([left[column], values]) if left else values for column, values in new.items()}
+        end = len(whole["input_ids"]) // length * length
+        left = {column: values[end:].copy() for column, values in whole.items()}
+        made = {column: values[:end].reshape(-1, length) for column, values in whole.items()}
+        learnt = (made["labels"] != IGNORED).any(axis=1)  # a block without anything to learn would only cost time
+        return {column: list(values[learnt]) for column, values in made.items()}
+
+    made = mapped(
+        rows, cut, batched=True, with_indices=True, remove_columns=rows.column_names, desc="packing",
+        features=Features({column: List(Value("int32")) for column in ("input_ids", "labels")}),
+    )  # fmt: skip
+    if tokens < length:
         raise TaskError(
             f"The training split of task {name!r} has {tokens} tokens, fewer than one block of {length}. Make "
             "task.max_source_length smaller, or set task.packing=false."
         )
-    kept = {column: values[: count * length].reshape(count, length) for column, values in columns.items()}
-    if "labels" in kept:
-        learnt = (kept["labels"] != IGNORED).any(axis=1)  # a block without anything to learn would only cost time
-        kept = {column: values[learnt] for column, values in kept.items()}
-    return Dataset.from_dict({column: list(values) for column, values in kept.items()})
+    return made

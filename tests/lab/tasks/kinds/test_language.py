@@ -12,6 +12,7 @@ from transformers import BertConfig, GPT2Config, GPT2LMHeadModel, T5Config
 
 from deltaexp.errors import ConfigError, TaskError
 from deltaexp.lab.taskconfig import TaskConfig
+from deltaexp.lab.tasks import cache
 from deltaexp.lab.tasks.data import TaskData
 from deltaexp.lab.tasks.kinds import choose, language
 from deltaexp.lab.tasks.kinds.language import CausalLM
@@ -58,6 +59,21 @@ def test_packed_blocks_hold_the_text_without_padding() -> None:
     assert len(made) == (len(JOINED) + 1) // 8
     with pytest.raises(TaskError, match="has 3 tokens, fewer than one block of 8"):
         CausalLM(task(packing=True), TOKENIZER, SETTINGS)._features(data(["ab"]))
+
+
+@pytest.mark.parametrize("separator", ["\n", "{eos}"])
+@pytest.mark.parametrize("large", [0, cache.LARGE])
+def test_packing_many_rows_piece_by_piece_is_packing_them_at_once(
+    separator: str, large: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DELTAEXP_CACHE", str(tmp_path))
+    monkeypatch.setattr(cache, "LARGE", large)
+    lines = [f"row {n}" + "\n" * (n % 3 == 0) for n in range(2345)]
+    kind = CausalLM(task(packing=True, separator=separator), TOKENIZER, SETTINGS)
+    made = kind._features(TaskData({"train": Dataset.from_dict({"text": lines})}, ""))["train"]
+    stream = kind.stream(lines)  # of all rows, by a tokenizer whose tokens are bytes
+    assert np.concatenate(made["input_ids"][:]).tolist() == stream[: len(stream) // 8 * 8].tolist()
+    assert made["labels"][:] == made["input_ids"][:]
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 100])
