@@ -87,6 +87,12 @@ class TaskConfig:
     prepare: Optional[str] = None
     """A function on the rows before anything else, for what YAML cannot say: ``package.module:function`` or
     ``FILE.py:function``, called with a `datasets.Dataset` and this config, returning a `datasets.Dataset`."""
+    streaming: bool = False
+    """Read the rows that are taken (`train_rows` and the like) from the beginning of the data or, mixed, as they come, and
+    nothing more: for sets that are larger than the disk, or of which only a part is to be downloaded."""
+    shuffle_buffer: int = 10_000
+    """With `streaming`: rows are drawn with `data_seed` from so many that come next, and files in another order; 0 takes the
+    first ones as they come."""
     train_rows: Optional[int] = None
     """Take only so many rows of the training split, drawn with `data_seed`; null takes all."""
     validation_rows: Optional[int] = None
@@ -170,10 +176,17 @@ def check(task: TaskConfig) -> None:
         value = getattr(task, key)
         if value is not None and value < 1:
             raise ConfigError(f"task.{key} is {value}; it must be at least 1.")
-    for key in ("probe_rows", "holdout"):
+    for key in ("probe_rows", "holdout", "shuffle_buffer"):
         if getattr(task, key) < 0:
             raise ConfigError(f"task.{key} is {getattr(task, key)}; it must be at least 0.")
     _check_columns(task)
+    if task.streaming and task.data.startswith("generated:"):
+        raise ConfigError(f"task.streaming=true reads a part of files or of a dataset of the Hub; {task.data!r} is neither.")
+    if task.streaming and task.train_rows is None:
+        raise ConfigError(
+            "task.streaming=true reads only the rows that are taken, so it needs task.train_rows: for rows that are all seen "
+            "once, the number of steps times the rows of a step."
+        )
     if task.labels and len(task.labels) < 2:
         raise ConfigError("task.labels has one name; a task needs at least two, in the order of their numbers, or none.")
     if len(set(task.labels)) < len(task.labels):

@@ -201,7 +201,7 @@ def _viewed(split: str, rows: Dataset, task: TaskConfig, kind: type[Kind]) -> Da
     return made
 
 
-def _generated(task: TaskConfig, limits: Mapping[str, int | None]) -> tuple[dict[str, Dataset], list[str]]:
+def _generated(task: TaskConfig, limits: Mapping[str, int | None]) -> tuple[Mapping[str, Dataset], list[str]]:
     name = task.data.removeprefix("generated:")
     if name not in GENERATORS:
         raise TaskError(unknown("generated data set", name, GENERATORS))

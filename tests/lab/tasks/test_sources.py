@@ -5,9 +5,11 @@ from typing import Any
 
 import datasets
 import pytest
+import small
 from datasets import ClassLabel, Dataset, Features, Value
 
 from deltaexp.errors import ConfigError, TaskError
+from deltaexp.lab import taskconfig
 from deltaexp.lab.taskconfig import TaskConfig
 from deltaexp.lab.tasks import data, sources
 from deltaexp.lab.tasks.kinds.heads import Classification
@@ -201,3 +203,90 @@ def test_a_function_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         of(table, monkeypatch, prepare=f"{hook}:upper")
     with pytest.raises(ConfigError, match="cannot be imported: FileNotFoundError"):
         of(table, monkeypatch, prepare=f"{tmp_path / 'nothing.py'}:upper")
+
+
+UNCLOSED = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+"""`datasets` leaves it to the garbage collector to close files of which not all rows are read."""
+ROWS = [{"text": f"text {number}", "label": number * 5 % 2} for number in range(30)]
+
+
+def written(folder: Path, suffix: str, **splits: list[dict[str, Any]]) -> Path:
+    folder.mkdir()
+    for split, rows in splits.items():
+        table = Dataset.from_list(rows)
+        write = {"jsonl": table.to_json, "csv": table.to_csv, "parquet": table.to_parquet}[suffix]
+        write(str(folder / f"{split}.{suffix}"))
+    return folder
+
+
+@UNCLOSED
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_streamed_rows_are_those_of_a_set_that_has_no_others(suffix: str, tmp_path: Path) -> None:
+    large = written(tmp_path / "large", suffix, train=ROWS, validation=ROWS[:8], test=ROWS[20:])
+    small = written(tmp_path / "small", suffix, train=ROWS[:7], validation=ROWS[:5], test=ROWS[20:])
+    streamed = load(
+        task(large, streaming=True, shuffle_buffer=0, train_rows=7, validation_rows=5, test_split="test"),
+    )
+    whole = load(task(small, test_split="test"))
+    assert {name: rows[:] for name, rows in streamed.splits.items()} == {name: rows[:] for name, rows in whole.splits.items()}
+    assert streamed.fingerprint == whole.fingerprint  # by which all that follows is the same, and a run is continued
+
+
+@UNCLOSED
+def test_streamed_rows_are_mixed_the_same_way_each_time(tmp_path: Path) -> None:
+    place = written(tmp_path / "data", "jsonl", train=ROWS, validation=ROWS[:8])
+
+    def texts(**changes: Any) -> list[str]:
+        return load(task(place, streaming=True, train_rows=10, **changes)).splits["train"]["text"][:]
+
+    first = texts()
+    assert first == texts()
+    assert len(set(first)) == 10
+    assert first != texts(data_seed=1)
+    assert set(first) - {row["text"] for row in ROWS[:10]}
+    assert set(texts(shuffle_buffer=2)) <= {row["text"] for row in ROWS[:12]}  # not from further away than the buffer holds
+    assert len(set(texts(prepare="deltaexp.lab.tasks.preparing:nonempty", holdout=4))) == 10
+
+
+@UNCLOSED
+def test_rows_are_held_out_of_a_stream(tmp_path: Path) -> None:
+    place = written(tmp_path / "data", "jsonl", train=ROWS)
+    found = load(task(place, streaming=True, train_rows=10, holdout=4)).splits
+    parts = {split: set(rows["text"]) for split, rows in found.items()}
+    assert {split: len(texts) for split, texts in parts.items()} == {"train": 10, "validation": 4}
+    assert not parts["train"] & parts["validation"]
+
+
+@UNCLOSED
+def test_what_cannot_be_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = written(tmp_path / "data", "jsonl", train=ROWS, validation=ROWS[:8])
+    with pytest.raises(ConfigError, match="needs task.train_rows"):
+        taskconfig.check(task(place, streaming=True))
+    with pytest.raises(ConfigError, match="'generated:dates' is neither"):
+        taskconfig.check(task("generated:dates", streaming=True, train_rows=5))
+    with pytest.raises(ConfigError, match="shuffle_buffer is -1"):
+        taskconfig.check(task(place, shuffle_buffer=-1))
+    Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(TaskError, match="mapped into memory.*Leave task.streaming out"):
+        load(task(tmp_path / "saved", streaming=True, train_rows=5))
+    with pytest.raises(TaskError, match="no split of .* 'dev'|split.*'dev'"):
+        load(task(place, streaming=True, train_rows=5, validation_split="dev"))
+    (place / "train.jsonl").write_text("no json")
+    with pytest.raises(TaskError, match="could not be loaded.*damaged"):
+        load(task(place, streaming=True, train_rows=5))
+
+
+@UNCLOSED
+@pytest.mark.slow
+def test_a_streamed_run_ends_in_the_same_delta(tmp_path: Path) -> None:
+    backbone = small.bert(tmp_path / "backbone")
+    rows = [{"sentence": f"the film was {small.WORDS[1 + n % 6]}", "label": int(n % 6 > 2)} for n in range(40)]
+    large = written(tmp_path / "large", "parquet", train=rows, validation=rows[:8], test=rows[8:16])
+    few = written(tmp_path / "few", "parquet", train=rows[:24], validation=rows[:8], test=rows[8:16])
+    words = ["task=sst2", "task.test_split=test", "task.train_rows=24"]
+    streamed = small.trained(
+        tmp_path / "a", backbone, large, *words, "task.streaming=true", "task.shuffle_buffer=0", "trainer.group_by_length=true"
+    )
+    whole = small.trained(tmp_path / "b", backbone, few, *words, "trainer.group_by_length=true")
+    assert streamed["digests"]["delta_model.safetensors"] == whole["digests"]["delta_model.safetensors"]
+    assert streamed["metrics"] == whole["metrics"]
