@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import sys
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -13,6 +14,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 from browser import chromium, new_page
 from hub_fixtures import hub, hub_client
+from hypothesis import HealthCheck, settings
+
+# What starts the tests in the background may ignore Ctrl-C, and so would the commands that they interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+# On a busy machine, drawing examples is slow.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 with contextlib.suppress(ImportError):  # it comes with rouge-score
     from absl import logging

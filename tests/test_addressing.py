@@ -72,14 +72,14 @@ COMPONENT = st.text("qk0A_", min_size=1, max_size=3)
 DOTTED = st.lists(COMPONENT, min_size=1, max_size=4).map(".".join)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(pattern=DOTTED, name=DOTTED)
 def test_a_suffix_is_the_last_components(pattern: str, name: str) -> None:
     wanted, parts = pattern.split("."), name.split(".")
     assert matches(pattern, name) == (parts[-len(wanted) :] == wanted)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(name=DOTTED, data=st.data())
 def test_every_suffix_of_a_name_means_it(name: str, data: st.DataObject) -> None:
     parts = name.split(".")
@@ -90,7 +90,7 @@ def test_every_suffix_of_a_name_means_it(name: str, data: st.DataObject) -> None
     assert matches("[r]" + suffix.replace(".", r"\."), suffix)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(pattern=DOTTED, name=DOTTED)
 def test_what_a_pattern_covers(pattern: str, name: str) -> None:
     """A module is covered if it, or a module that contains it, is meant."""

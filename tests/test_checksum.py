@@ -60,7 +60,7 @@ def test_the_md5_never_changes() -> None:
     assert model_md5(digests({"x": torch.arange(4.0), "y": torch.tensor(True)})) == "ed045979b7a1e2d396866e49d33f38c0"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.floats(width=32), min_size=1, max_size=6), st.data())
 def test_one_bit_changes_it(numbers: list[float], data: st.DataObject) -> None:
     value = torch.tensor(numbers, dtype=torch.float32)

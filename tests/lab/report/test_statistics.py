@@ -29,7 +29,7 @@ def test_holms_correction() -> None:
 
 @pytest.mark.slow  # statsmodels takes seconds to import
 @given(st.lists(st.floats(0, 1), max_size=12))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_holms_correction_is_that_of_statsmodels(p_values: list[float]) -> None:
     multitest = pytest.importorskip("statsmodels.stats.multitest", reason="statsmodels is not installed")
     expected = multitest.multipletests(p_values, method="holm")[1] if p_values else []
