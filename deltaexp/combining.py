@@ -202,13 +202,9 @@ def _combined_updates(deltas: Sequence[DeltaModel], mixer: Mixer, rank: int | No
 
 
 def _factors(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A and B in float64, the scale in B; PiSSA's and OLoRA's starting values are a second, negative update."""
+    """Return A and B in float64, the scale in B."""
     down, up = (factor.double() for factor in layer.factors())
-    up = layer.scale * up
-    if getattr(layer, "lora_A0", None) is not None:
-        down = torch.cat([down, layer.lora_A0.double()])
-        up = torch.cat([up, -layer.scale * layer.lora_B0.double()], dim=1)
-    return down, up
+    return down, layer.scale * up
 
 
 def _padded(down: torch.Tensor, up: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,10 +23,10 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers import pytorch_utils
 
 from deltaexp.deltas._linear import LowRankDelta, WeightDelta
-from deltaexp.hooks import add_parallel
+from deltaexp.hooks import add_parallel, add_weighted
 from deltaexp.layout import Rows
 from deltaexp.lazy import Layer
-from deltaexp.low_rank import LowRankLinear, ShiftedLinear, Update, exact, low_rank_linear
+from deltaexp.low_rank import DirectedLinear, LowRankLinear, ShiftedLinear, Update, exact, low_rank_linear, updated
 from deltaexp.speed import settings
 
 PLAIN = (torch.Tensor, nn.Parameter, FakeTensor)
@@ -98,7 +98,7 @@ def _layers(module: nn.Module, x: Any) -> list[tuple[Any, Rows | None]]:
         return []
     result = []
     for hook in module._forward_hooks.values():
-        if getattr(hook, "func", None) is not add_parallel:
+        if getattr(hook, "func", None) not in (add_parallel, add_weighted):
             return []
         keywords: dict[str, Any] = hook.keywords  # type: ignore[attr-defined]
         layer = module._modules.get(keywords["name"])
@@ -132,7 +132,8 @@ def _computed(module: Any, x: torch.Tensor, layers: list[tuple[Any, Rows | None]
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     elif x.dtype != weight.dtype:
         return None
-    if all(isinstance(layer, LowRankDelta) for layer, _ in layers):
+    directed = any(layer.insertion == "weighted" for layer, _ in layers)
+    if not directed and all(isinstance(layer, LowRankDelta) for layer, _ in layers):
         updates, factors = _updates(x, layers, weight.dtype if cast or settings.delta_in_backbone_dtype else None)
         if not updates:
             return None
@@ -144,9 +145,22 @@ def _computed(module: Any, x: torch.Tensor, layers: list[tuple[Any, Rows | None]
     parameters = list(layer.parameters())
     if not all(type(parameter) in PLAIN and parameter.dtype == weight.dtype for parameter in parameters):
         return None
+    if directed:
+        return _directed(x, weight, bias, layer)
     if not torch.is_grad_enabled():
         return nn.functional.linear(x, weight + layer.delta(), bias)
     return ShiftedLinear.apply(x, weight, bias, layer, *parameters)
+
+
+def _directed(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, layer: Any) -> torch.Tensor:
+    """Return the output of a module with a DoRA on it."""
+    update, factors = Update(layer.scale, 0.0, None), layer.factors()
+    with torch.no_grad():
+        directed = updated(weight, (update,), factors)
+    ratio = layer.ratio(directed)
+    if not torch.is_grad_enabled():
+        return nn.functional.linear(x, directed * ratio[:, None], bias)
+    return DirectedLinear.apply(x, weight, bias, directed, update, *factors, ratio)
 
 
 def _updates(
@@ -193,14 +207,18 @@ def _together(x: torch.Tensor, found: list[Any]) -> tuple[float, torch.Tensor, t
     routed[0].repeats(x)  # checks that the rows of x are the batch's
     kinds, index = _kinds(tuple(None if one.batch_rows is None else one.batch_rows.rows for one, _, _ in found), routed[0].size)
     most = max(sum(len(downs[n]) for n in kind) for kind in kinds)
-    where = _index(index, x.device)
     # Each rank a row here, and the matrices turned round afterwards: the layout in which they are multiplied.
-    up, down = _stacked([up.T for up in ups], kinds, most)[where].mT, _stacked(downs, kinds, most).mT.contiguous()[where].mT
-    return scale, down, up
+    up, down = _stacked([up.T for up in ups], kinds, most), _stacked(downs, kinds, most).mT.contiguous()
+    if index != tuple(range(len(kinds))):
+        where = _index(index, x.device)
+        up, down = up[where], down[where]
+    return scale, down.mT, up.mT
 
 
 def _stacked(factors: list[torch.Tensor], kinds: list[tuple[int, ...]], most: int) -> torch.Tensor:
     """Return for every kind the ranks of its layers, and zeros up to ``most`` ranks, shape ``(kinds, most, dim)``."""
+    if all(len(kind) == 1 and len(factors[kind[0]]) == most for kind in kinds):
+        return torch.stack([factors[kind[0]] for kind in kinds])
     zeros = factors[0].new_zeros(most, factors[0].shape[1])
     joined = [torch.cat([*(factors[n] for n in kind), zeros]) for kind in kinds]
     return torch.stack([ranks[:most] for ranks in joined])

@@ -74,13 +74,13 @@ def _add_product(target: torch.Tensor, left: torch.Tensor, right: torch.Tensor, 
         target.baddbmm_(left, right, alpha=scale)
 
 
-def _whole(weight: torch.Tensor, updates: tuple[Update, ...], factors: Sequence[torch.Tensor]) -> torch.Tensor:
+def updated(weight: torch.Tensor, updates: tuple[Update, ...], factors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the weight with all updates in it."""
     if len(updates) > 1 or updates[0].part is not None:
-        whole = weight.clone()
+        result = weight.clone()
         for update, down, up in zip(updates, factors[::2], factors[1::2], strict=True):
-            _add_product(_taken(whole, update.part, dim=0), up, down, update.scale)
-        return whole
+            _add_product(_taken(result, update.part, dim=0), up, down, update.scale)
+        return result
     (down, up), scale = factors, updates[0].scale
     if weight.is_contiguous():
         return torch.addmm(weight, up, down, alpha=scale)
@@ -112,7 +112,7 @@ def low_rank_linear(
     """Return ``x W^T + b`` and the updates, without anything for a backward pass."""
     rows = x.shape[:-1].numel()
     if 2 * weight.numel() < rows * sum(weight.shape) and _can_be_whole(weight, updates, factors):
-        return functional.linear(x, _whole(weight, updates, factors), bias)
+        return functional.linear(x, updated(weight, updates, factors), bias)
     return _separately(x, weight, bias, updates, factors)[0]
 
 
@@ -150,7 +150,7 @@ class LowRankLinear(torch.autograd.Function):
         inner: list[torch.Tensor] = []
         masks: list[torch.Tensor | None] = [None] * len(updates)
         if ctx.can_be_whole and 2 * x.shape[-1] <= rows:
-            out = functional.linear(x, _whole(weight, updates, factors), bias)
+            out = functional.linear(x, updated(weight, updates, factors), bias)
         else:
             out, inner, masks = _separately(x, weight, bias, updates, factors)
         ctx.has_inner, ctx.has_bias = bool(inner), bias is not None
@@ -170,7 +170,7 @@ class LowRankLinear(torch.autograd.Function):
         whole = ctx.can_be_whole and 2 * g.shape[-1] <= len(g_flat)
         grad_x = None
         if needs_x:
-            grad_x = g_flat @ (_whole(weight, ctx.updates, factors) if whole else weight)
+            grad_x = g_flat @ (updated(weight, ctx.updates, factors) if whole else weight)
         grads: list[torch.Tensor | None] = []
         for number, (update, dropped) in enumerate(zip(ctx.updates, _outer(flat, ctx.updates, masks), strict=True)):
             down, up = factors[2 * number : 2 * number + 2]
@@ -191,6 +191,47 @@ class LowRankLinear(torch.autograd.Function):
                 grad_up = ((z * update.scale).mT @ part).mT.contiguous()
             grads += [grad_down, grad_up]
         return None if grad_x is None else grad_x.view(x.shape), None, None, None, *grads
+
+
+class DirectedLinear(torch.autograd.Function):
+    """``x (c * (W + s B A))^T + b``, where ``c``, shape ``(out_dim,)``, scales the rows of ``W + s B A``: DoRA.
+
+    ``W + s B A`` is given for the forward pass, where its norms were needed for ``c``, and computed anew in the backward pass.
+    Its product with ``x`` is kept, from which the gradient of ``c`` comes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, weight: Any, bias: Any, directed: Any, update: Update, down: Any, up: Any, ratio: Any) -> Any:
+        """Compute the outputs ``(..., out_dim)`` of ``x (..., in_dim)``; ``directed`` is ``W + s B A``."""
+        out = functional.linear(x, directed, bias)
+        straight = out if bias is None else out - bias
+        # In this form it is the output of W to the last bit where c is one.
+        out = out * ratio if bias is None else out.addcmul_(straight, ratio - 1)
+        ctx.update, ctx.has_bias = update, bias is not None
+        ctx.save_for_backward(x, weight, down, up, ratio, straight)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Any) -> Any:
+        """Return the gradients of ``x``, ``A``, ``B`` and ``c``; the frozen weight has none."""
+        x, weight, down, up, ratio, straight = ctx.saved_tensors
+        flat, g_flat = _rows(x), _rows(g)
+        directed = None
+        if ctx.needs_input_grad[0] or torch.is_grad_enabled():
+            directed = updated(weight, (ctx.update,), (down, up))
+        if torch.is_grad_enabled():
+            straight = x @ directed.T  # kept, it would be a constant in the gradient of this
+        grad_x = grad_down = grad_up = grad_ratio = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (g_flat @ (directed * ratio[:, None])).view(x.shape)
+        scale = (ratio * ctx.update.scale)[:, None]
+        if ctx.needs_input_grad[5]:
+            grad_down = (g_flat @ (up * scale)).T @ flat
+        if ctx.needs_input_grad[6]:
+            grad_up = (_inner(flat, down).T @ g_flat).T * scale
+        if ctx.needs_input_grad[7]:
+            grad_ratio = (g_flat * _rows(straight)).sum(0)
+        return grad_x, None, None, None, None, grad_down, grad_up, grad_ratio
 
 
 class ShiftedLinear(torch.autograd.Function):

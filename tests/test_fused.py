@@ -23,7 +23,7 @@ from deltaexp.deltas.loha import LohaLayer
 from deltaexp.deltas.lokr import LokrLayer
 from deltaexp.deltas.lora import LoraLayer
 from deltaexp.errors import ConfigError
-from deltaexp.low_rank import LowRankLinear, ShiftedLinear, Update, low_rank_linear
+from deltaexp.low_rank import DirectedLinear, LowRankLinear, ShiftedLinear, Update, low_rank_linear, updated
 
 PARTS = [
     (Update(0.5, 0.0, None),),
@@ -82,6 +82,28 @@ def test_gradients_of_a_full_size_update(kind: str) -> None:
     assert torch.autograd.gradgradcheck(function, (x, *layer.parameters()))
 
 
+@pytest.mark.parametrize("transposed", [False, True], ids=["Linear", "Conv1D"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_gradients_of_a_directed_update(biased: bool, transposed: bool) -> None:
+    torch.manual_seed(0)
+    update = Update(0.5, 0.0, None)
+    weight = torch.randn(5, 4).double().T if transposed else torch.randn(4, 5).double()
+    bias = torch.randn(4).double() if biased else None
+    shapes = {"x": (2, 3, 5), "down": (2, 5), "up": (4, 2), "ratio": (4,)}
+    x, down, up, ratio = (torch.randn(shape, dtype=torch.double) for shape in shapes.values())
+    ratio[1] = 0
+
+    def function(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
+        directed = updated(weight, (update,), (down, up)).detach()
+        return DirectedLinear.apply(x, weight, bias, directed, update, down, up, ratio)
+
+    given = [tensor.requires_grad_() for tensor in (x, down, up, ratio)]
+    expected = torch.nn.functional.linear(x, ratio[:, None] * (weight + 0.5 * up @ down), bias)
+    torch.testing.assert_close(function(*given), expected)
+    assert torch.autograd.gradcheck(function, given)
+    assert torch.autograd.gradgradcheck(function, given)
+
+
 class Net(nn.Module):
     """A linear map of either kind, in a module."""
 
@@ -112,7 +134,8 @@ def computed(net: nn.Module, x: torch.Tensor, by_hooks: bool, run: Callable | No
         out = net(x) if run is None else run(net, x)
         out.float().pow(2).sum().backward()
     found = [p.grad for p in net.parameters() if p.grad is not None]
-    return "LowRankLinear" in repr(_graph(out)) or "ShiftedLinear" in repr(_graph(out)), [out, x.grad, *found]
+    names = repr(_graph(out))
+    return any(kind in names for kind in ("LowRankLinear", "ShiftedLinear", "DirectedLinear")), [out, x.grad, *found]
 
 
 def _graph(out: torch.Tensor) -> list[str]:
@@ -169,6 +192,38 @@ def test_other_types_that_add_to_the_weight(delta_type: str, rows: int) -> None:
     model = {"vera": "VeraModel", "adalora": "AdaloraModel", "loha": "LohaModel", "lokr": "LokrModel"}[delta_type]
     delta_on(net, getattr(deltaexp, model))
     check(net, torch.randn(rows, 8), in_one=True)
+
+
+@pytest.mark.parametrize("keys", [{"lora_dora": True}, {"lora_init": "pissa"}, {"lora_init": "olora"}], ids=str)
+@pytest.mark.parametrize("rows", [4, 64])
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_what_starts_from_the_weight(kind: str, rows: int, keys: dict) -> None:
+    """It is computed in one as well, is the map alone at the start to the last bit, and what the hooks compute after that."""
+    net, x = Net(kind), torch.randn(rows, 8)
+    plain = net(x).detach()
+    layer: Any = LoraModel(net, modified_modules=["map"], lora_r=3, **keys).attachments[0].layer
+    assert torch.equal(net(x), plain)
+    net.map.requires_grad_(False)
+    with torch.no_grad():
+        assert torch.equal(net(x), plain)
+        for parameter in layer.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3).requires_grad_()
+    check(net, x, in_one=True)
+    expected = computed(net, x, by_hooks=True)[1][0]
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), expected)
+    both = {"lora_dora": True, "lora_init": "pissa"}
+    if keys == {"lora_dora": True}:  # two of which each scales what the other has made
+        LoraModel(net, modified_modules=["map"], **both)
+        check(net, x, in_one=False)
+
+
+def test_starting_values_are_not_dropped() -> None:
+    net = Net()
+    delta_on(net, lora_init="pissa", lora_dropout=0.5, lora_r=3)
+    check(net, torch.randn(64, 8), in_one=False)
+    net.eval()
+    check(net, torch.randn(64, 8), in_one=True)
 
 
 def test_inputs_that_are_not_contiguous_and_outputs_changed_in_place() -> None:
@@ -232,10 +287,11 @@ def test_reduced_precision_of_products_keeps_small_updates() -> None:
     torch.testing.assert_close(update, torch.full((256, 12), 8 * 8e-4), rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize("keys", [{"lora_dropout": 0.5}, {"lora_dora": True}], ids=str)
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointed_activations(reentrant: bool) -> None:
+def test_checkpointed_activations(reentrant: bool, keys: dict) -> None:
     net = Net()
-    delta_on(net, lora_dropout=0.5)
+    delta_on(net, **keys)
     check(net, torch.randn(64, 8), True, lambda net, x: checkpoint(net, x, use_reentrant=reentrant)) if not reentrant else None
     outs = []
     for wrapped in (False, True):
@@ -245,7 +301,7 @@ def test_checkpointed_activations(reentrant: bool) -> None:
         out = checkpoint(net, x, use_reentrant=reentrant) if wrapped else net(x)
         out.pow(2).sum().backward()
         outs.append([out, x.grad, *(p.grad for p in net.parameters() if p.grad is not None)])
-    assert len(outs[0]) == 4
+    assert len(outs[0]) == (5 if keys.get("lora_dora") else 4)
     for one, other in zip(*outs, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -456,10 +512,11 @@ def test_copies_compute_with_their_own_layers() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler's own doing
+@pytest.mark.parametrize("keys", [{}, {"lora_dora": True}, {"lora_init": "pissa"}], ids=str)
 @pytest.mark.slow
-def test_compiled_without_a_break() -> None:
+def test_compiled_without_a_break(keys: dict) -> None:
     net = Net()
-    delta_on(net)
+    delta_on(net, lora_r=3, **keys)
     for run in (None, lambda net, x: torch.compile(net, backend="aot_eager", fullgraph=True)(x)):
         torch.compiler.reset()
         found = computed(net, torch.ones(64, 8), by_hooks=False, run=run)[1]

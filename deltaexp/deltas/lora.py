@@ -170,24 +170,25 @@ class LoraLayer(LowRankDelta):
 
     @property
     def fusable(self) -> bool:
-        """Whether the layer is nothing but a low-rank update: it has no starting values to subtract."""
-        return type(self).forward is LoraLayer.forward and self.lora_A0 is None
+        """Whether the layer is nothing but a low-rank update: starting values get all of ``x`` where the rest gets a part."""
+        return type(self).forward is LoraLayer.forward and not (self.drops and self.lora_A0 is not None)
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return ``A`` and ``B``."""
-        return self.lora_A, self.lora_B
+        """Return ``A`` and ``B``, or ``[A - A0, A0]`` and ``[B, B - B0]``, of which the product is ``B A - B0 A0``.
 
-    def delta(self) -> torch.Tensor:
-        """Return what is added to the weight, shape ``(out_dim, in_dim)``."""
+        In this form it is zero at the start to the last bit, and no small difference of large products after that.
+        """
         if self.lora_A0 is None or self.lora_B0 is None:
-            return super().delta()
-        return super().delta() - self.lora_B0 @ self.lora_A0 * self.scale
+            return self.lora_A, self.lora_B
+        down = torch.cat([self.lora_A - self.lora_A0, self.lora_A0])
+        return down, torch.cat([self.lora_B, self.lora_B - self.lora_B0], dim=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map ``x``, shape ``(..., in_dim)``, to the update, shape ``(..., out_dim)``."""
-        if self.lora_A0 is None or self.lora_B0 is None:
+        if self.lora_A0 is None or self.lora_B0 is None or not self.drops:
             return super().forward(x)
-        return super().forward(x) - self.target.apply_factors(x, self.lora_A0, self.lora_B0) * self.scale
+        trained = self.target.apply_factors(self.dropout(x), self.lora_A, self.lora_B)
+        return (trained - self.target.apply_factors(x, self.lora_A0, self.lora_B0)) * self.scale
 
 
 class DoraLayer(LoraLayer):
@@ -207,23 +208,29 @@ class DoraLayer(LoraLayer):
         assert weight is not None  # `LoraConfig.build` gives it to every layer that needs it
         self.magnitude = nn.Parameter(_norms(_wide(weight)))
 
+    @property
+    def fusable(self) -> bool:
+        """Whether the layer is nothing but what is described here."""
+        return type(self).forward is DoraLayer.forward
+
     def forward(  # type: ignore[override]  # the arguments follow from `insertion`
         self, x: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """Return the new output for the input ``x``, shape ``(..., in_dim)``, and the output ``h``, ``(..., out_dim)``."""
         weight = weight.flatten(1).to(x.dtype)
         ratio = self.target.per_output(self._ratio(weight))
-        dropped = self.dropout(x) if self.training else x
-        update = self.target.apply_factors(dropped, *self.factors()) * self.scale
-        start: torch.Tensor | float = 0.0
-        if self.lora_A0 is not None and self.lora_B0 is not None:
-            start = self.target.apply_factors(x, self.lora_A0, self.lora_B0) * self.scale
-            weight = weight - self.lora_B0 @ self.lora_A0 * self.scale
-        if self.training and isinstance(self.dropout, nn.Dropout):
+        if self.drops:
+            dropped = self.dropout(x)
+            update, start = self.target.apply_factors(dropped, self.lora_A, self.lora_B) * self.scale, None
+            if self.lora_A0 is not None and self.lora_B0 is not None:
+                start = self.target.apply_factors(x, self.lora_A0, self.lora_B0) * self.scale
+                weight = weight - self.lora_B0 @ self.lora_A0 * self.scale
             straight = self.target.apply(dropped, weight)
+            h = h if start is None else h - start
         else:
-            straight = h - start if bias is None else h - start - self.target.per_output(bias.to(x.dtype))
-        return h + (ratio - 1) * straight + (ratio * update - start)
+            update = super().forward(x)
+            straight = h if bias is None else h - self.target.per_output(bias.to(x.dtype))
+        return torch.addcmul(torch.addcmul(h, straight, ratio - 1), update, ratio)
 
     def merged(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return weight and bias of the map with the delta in them."""
@@ -231,12 +238,17 @@ class DoraLayer(LoraLayer):
         whole = super().merged(weight, bias)[0]
         return (ratio[:, None] * whole.flatten(1)).view_as(weight), bias
 
-    def _ratio(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return ``m / |W + D|``, shape ``(out_dim,)``."""
+    def ratio(self, whole: torch.Tensor) -> torch.Tensor:
+        """Return ``m / |W + D|``, shape ``(out_dim,)``, given ``W + D``."""
         with torch.no_grad():
-            norms = _norms(weight + self.delta().to(weight.dtype))
+            norms = _norms(whole)
         # A row of zeros keeps its norm, zero, until the update gives it another.
         return self.magnitude / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+
+    def _ratio(self, weight: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            whole = weight + self.delta().to(weight.dtype)
+        return self.ratio(whole)
 
 
 def _wide(weight: torch.Tensor) -> torch.Tensor:

@@ -254,8 +254,6 @@ def _factors(attachment: Attachment) -> tuple[torch.Tensor, torch.Tensor, float]
             down = (layer.hada_w1_b[:, None] * layer.hada_w2_b[None]).flatten(0, 1)
             return down, (layer.hada_w1_a[:, :, None] * layer.hada_w2_a[:, None]).flatten(1), layer.scale
         down, up = (factor.detach() for factor in layer.factors())
-        if getattr(layer, "lora_A0", None) is not None:
-            return torch.cat([down, layer.lora_A0]), torch.cat([up, -layer.lora_B0], dim=1), layer.scale
         if hasattr(layer, "lora_mask"):  # of AdaLoRA, without the ranks that were given up
             kept = (down != 0).any(dim=1)
             kept[0] |= not kept.any()
