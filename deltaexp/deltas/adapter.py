@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 SPELLINGS = {"gelu_orig": "gelu", "leakyrelu": "leaky_relu"}
 """Names of activations in OpenDelta, where they differ from transformers'."""
+IN_ONE = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh", "gelu_python": "gelu"}
+"""Activations that transformers has under a second name as one operation, which keeps one tensor for the backward pass and
+not four."""
 ACTIVATIONS = (
     "relu", "relu2", "relu6", "leaky_relu", "gelu", "gelu_new", "gelu_fast", "gelu_python", "gelu_pytorch_tanh", "quick_gelu",
     "silu", "swish", "mish", "tanh", "sigmoid", "laplace", "linear", *SPELLINGS,
@@ -104,7 +107,8 @@ def activation(name: str) -> nn.Module:
     """Return the activation that one of `ACTIVATIONS` names."""
     from transformers.activations import ACT2FN
 
-    return ACT2FN[SPELLINGS.get(name, name)]
+    name = SPELLINGS.get(name, name)
+    return ACT2FN[IN_ONE.get(name, name)]
 
 
 def bottleneck(in_dim: int, width: int, out_dim: int, non_linearity: str) -> nn.Sequential:

@@ -7,8 +7,10 @@ import torch
 from models import FAMILIES, attach, logits
 from torch import nn
 from torch.nn.functional import conv2d, gelu, linear
+from transformers.activations import ACT2FN
 
 from deltaexp import AutoDeltaConfig, AutoDeltaModel
+from deltaexp.deltas.adapter import IN_ONE, activation
 from deltaexp.errors import ConfigError
 
 
@@ -62,6 +64,12 @@ def test_the_channels_of_a_convolution() -> None:
     inside = conv2d(h, down.weight[..., None, None], down.bias).relu()
     expected = h + conv2d(inside, up.weight[..., None, None], up.bias)
     torch.testing.assert_close(backbone[0](x), expected)
+
+
+@pytest.mark.parametrize("name", IN_ONE)
+def test_activations_in_one_operation(name: str) -> None:
+    x = torch.linspace(-4, 4, 50)
+    torch.testing.assert_close(activation(name)(x), ACT2FN[name](x))
 
 
 @pytest.mark.parametrize(("name", "function"), [("gelu_orig", gelu), ("leakyrelu", torch.nn.functional.leaky_relu)])
