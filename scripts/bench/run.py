@@ -83,6 +83,8 @@ def measured(
     task = progress.add_task(name, total=None)
     ready: dict[str, tuple[Contender, Prepared]] = {}
     failed: dict[str, str] = {}
+    gc.collect()
+    gc.freeze()  # what is there already need not be looked at in every round
     chosen = [one for one in group.contenders if options.only in one.name or one.name == group.against]
     for one in chosen:
         try:
@@ -94,10 +96,10 @@ def measured(
             continue
         ready[one.name] = one, made
     steps = {key: made.step for key, (_, made) in ready.items()}
-    gc.collect()
     gc.disable()
     times = in_turns(steps, options.device, seconds, options.rounds, lambda: progress.advance(task))
     gc.enable()
+    gc.unfreeze()
     base = times[group.against]
     result = {}
     for key, (one, made) in ready.items():
