@@ -216,9 +216,7 @@ class DirectedLinear(torch.autograd.Function):
         """Return the gradients of ``x``, ``A``, ``B`` and ``c``; the frozen weight has none."""
         x, weight, down, up, ratio, straight = ctx.saved_tensors
         flat, g_flat = _rows(x), _rows(g)
-        directed = None
-        if ctx.needs_input_grad[0] or torch.is_grad_enabled():
-            directed = updated(weight, (ctx.update,), (down, up))
+        directed = updated(weight, (ctx.update,), (down, up))
         if torch.is_grad_enabled():
             straight = x @ directed.T  # kept, it would be a constant in the gradient of this
         grad_x = grad_down = grad_up = grad_ratio = None
