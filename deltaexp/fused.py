@@ -22,6 +22,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from transformers import pytorch_utils
 
+from deltaexp.casting import cast_all
 from deltaexp.deltas._linear import LowRankDelta, WeightDelta
 from deltaexp.hooks import add_parallel, add_weighted
 from deltaexp.layout import Rows
@@ -121,17 +122,16 @@ def _plain(layer: WeightDelta) -> bool:
 def _computed(module: Any, x: torch.Tensor, layers: list[tuple[Any, Rows | None]]) -> torch.Tensor | None:
     """Return the output of a module with the layers on it; None where the hooks have to do it."""
     weight, bias = module.weight, module.bias
-    if type(module) is Conv1D:
-        weight = weight.T
     kind = x.device.type
     cast = torch.is_autocast_enabled(kind)
     if cast:
-        dtype = torch.get_autocast_dtype(kind)
         if torch.float64 in (x.dtype, weight.dtype):
             return None
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        x, weight, bias = cast_all(module, x, torch.get_autocast_dtype(kind))
     elif x.dtype != weight.dtype:
         return None
+    if type(module) is Conv1D:
+        weight = weight.T
     directed = any(layer.insertion == "weighted" for layer, _ in layers)
     if not directed and all(isinstance(layer, LowRankDelta) for layer, _ in layers):
         updates, factors = _updates(x, layers, weight.dtype if cast or settings.delta_in_backbone_dtype else None)

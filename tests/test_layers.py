@@ -15,7 +15,7 @@ ORDER = [
     {"tree", "digest_cache", "manifest", "probe"},
     {"structure", "attention", "prompting"},
     {"targets"},
-    {"hooks", "low_rank", "ownership", "speed"},
+    {"casting", "half_attention", "hooks", "low_rank", "ownership", "speed"},
     {"deltas"},
     {"fused"},
     {"checkpoint", "surgery"},

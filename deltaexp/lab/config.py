@@ -97,6 +97,10 @@ class TrainerConfig:
     """What is computed in while training and evaluating: ``fp32``; ``bf16`` or ``fp16``, mixed with float32 by autocast;
     ``auto``: bf16 on a GPU that has it, fp16 on one that has not, fp32 on the CPU. What the weights are held in is
     `backbone.dtype`."""
+    speed: str = "off"
+    """``auto`` takes the fastest safe setting for the device in the place of what is not set: on a CPU with instructions for
+    bf16 that precision, with kept casts of frozen weights and a faster attention, and everywhere a fused AdamW; what is trained
+    stays in float32. ``off`` computes as all else says, the same on every CPU."""
     lr_scheduler: str = "linear"
     """How the learning rate falls, by its name in transformers."""
     scheduler_options: dict[str, Any] = field(default_factory=dict)

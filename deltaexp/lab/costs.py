@@ -148,6 +148,11 @@ def find(trainer: TrainerConfig, delta_model: DeltaModel, drawn: Blueprint, size
         enable({"use_reentrant": False, "preserve_rng_state": False})
     if trainer.compile:
         found.remarks.append("torch.compile fuses operations and may keep less than is told here, where nothing is compiled.")
+    if trainer.speed == "auto" and trainer.precision == "auto":
+        found.remarks.append(
+            "trainer.speed=auto computes in bf16 on a CPU that has it, which keeps less than is told here, in fp32; the casts "
+            "of the frozen weights take half of their memory again."
+        )
     if trainer.sharding:
         found.remarks.append(f"trainer.sharding={trainer.sharding}: told is what a process holds that has all of the weights.")
     if drawn.packed:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from deltaexp.lab.config import TrainerConfig
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+SPEEDS = ("off", "auto")
 NO_FP16 = (
     "trainer.precision=fp16 needs a GPU: its small numbers vanish without scaling of the loss, which there is not for the CPU. "
     "Take trainer.precision=bf16 or fp32 there."
@@ -53,7 +54,7 @@ def check_trainer(trainer: TrainerConfig) -> None:
     """
     if trainer.sharding is not None and trainer.sharding not in SHARDINGS:
         raise ConfigError(unknown("trainer.sharding", trainer.sharding, SHARDINGS))
-    for key, allowed in (("lr_scheduler", SCHEDULES), ("precision", PRECISIONS), ("optimizer", OPTIMIZERS)):
+    for key, allowed in (("lr_scheduler", SCHEDULES), ("precision", PRECISIONS), ("speed", SPEEDS), ("optimizer", OPTIMIZERS)):
         value = getattr(trainer, key)
         if value not in allowed:
             raise ConfigError(unknown(f"trainer.{key}", value, allowed))

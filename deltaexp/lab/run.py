@@ -34,6 +34,7 @@ from deltaexp.lab import (
     pushing,
     recovery,
     sharding,
+    speeding,
     telling,
     tracking,
     training,
@@ -117,7 +118,7 @@ def _train(
     folder, seeds, config_dict = claim.folder, config.resolved_seeds(), claim.record.config
     target = folder / recovery.DELTA
     pruning.check(claim)
-    precision = arguments.precision(config.trainer)
+    arguments.precision(config.trainer)  # what the hardware cannot do is told before anything is loaded
     saved = Checkpoints(folder / recovery.CHECKPOINTS, config.trainer.save_every)
     checkpoint_folder, notes = processes.broadcast(_where_it_was(claim, saved, console))
     together = {"number of processes": processes.count()}
@@ -130,7 +131,7 @@ def _train(
         trackers.start(
             config.tracker, described, folder, 0 if checkpoint_folder is None else checkpoints.step(checkpoint_folder)
         )
-    failed = True
+    failed, speed = True, contextlib.ExitStack()
     try:
         # 1. Seeds before anything is initialised; data and dropout get theirs in the Trainer.
         transformers.set_seed(seeds["init"])
@@ -172,17 +173,23 @@ def _train(
             made_of = ["splits", data.fingerprint, config.backbone, kind_class.__name__, kind.cache_key()]
             splits = shared.once(made_of, functools.partial(kind.splits, data))
         base = model_sha256(model_digests(backbone.model, delta_model.base_tensors()))
+        choice = speeding.choose(config, backbone.model)
+        config, precision = dataclasses.replace(config, trainer=choice.trainer), choice.trainer.precision
         inputs = {"data": data.fingerprint, "digest of the backbone": base, "precision": precision, **together}
+        inputs["way of computing"] = choice.name
         _check_same(notes.get("inputs", {}), inputs)
         rows = {name: len(split.rows) for name, split in splits.items()}
         truncated = {name: split.truncated for name, split in splits.items()}
         console.print("  rows: " + listing(f"{name} {count:,}" for name, count in rows.items()))
         for line in telling.about_lengths(kind, rows, truncated):
             console.print(f"  [yellow]{line}[/yellow]")
+        if choice.reasons:
+            console.print(f"  speed: {'; '.join(choice.reasons)}")
         if config.trainer.sharding:
             sharding.shard(delta_model, config.trainer.cpu)
         callbacks = [LogCallback(trackers), *pruning.callbacks(claim)]
         trainer = training.build(config.trainer, delta_model, kind, splits, saved, seeds, callbacks)
+        speed.enter_context(speeding.applied(choice, backbone.model))
 
         # 6. The backbone as it is, 7. training, 8. the delta.
         final = splits[data.evaluated]
@@ -219,6 +226,7 @@ def _train(
                 metrics["validation"] = training.evaluate(trainer, splits["validation"])
 
         trainer.unwrap()
+        speed.close()
         if not processes.is_main():
             failed = False
             return None
@@ -247,6 +255,7 @@ def _train(
             "training_log": trainer.state.log_history,
             "steps": trainer.state.global_step,
             "precision": precision,
+            "speed": choice.recorded(),
             "processes": processes.count(),
             "global_batch_size": trainer.global_batch_size,
             "sharding": config.trainer.sharding,
@@ -285,6 +294,7 @@ def _train(
         failed = False
         return Outcome(target, after[kind.metric], results)
     finally:
+        speed.close()
         trackers.finish(failed)
 
 

@@ -1,0 +1,117 @@
+"""What ``trainer.speed=auto`` chooses for the device, and why: the fastest of what is safe.
+
+On a CPU that multiplies matrices of bfloat16 that is mixed precision, as by ``trainer.precision=bf16``, with two changes that
+are exact to its rounding: casts of frozen weights are kept (`deltaexp.casting`), and attention is computed by plain products,
+the backward pass of which is faster (`deltaexp.half_attention`). The choice goes by the config and by what the hardware says
+that it can do, never by a measurement, so that it is the same every time. What is set explicitly is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from deltaexp import casting, half_attention, quantised
+from deltaexp.lab import arguments, processes
+from deltaexp.lab.config import RunConfig, TrainerConfig
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a run computes."""
+
+    trainer: TrainerConfig
+    """The section ``trainer`` with precision and optimizer as they are from now on."""
+    casts: bool = False
+    """Whether casts of frozen weights are kept."""
+    attention: bool = False
+    """Whether attention is computed by `deltaexp.half_attention`."""
+    reasons: tuple[str, ...] = ()
+    """What was chosen and why; nothing where nothing was to be chosen."""
+
+    def recorded(self) -> dict[str, Any]:
+        """Return what was chosen, for JSON."""
+        return {
+            "asked": self.trainer.speed, "precision": self.trainer.precision, "optimizer": self.trainer.optimizer,
+            "kept_casts": self.casts, "attention_by_products": self.attention, "reasons": list(self.reasons),
+        }  # fmt: skip
+
+    @property
+    def name(self) -> str:
+        """What results depend on, in a few words."""
+        extra = [word for word, on in (("kept casts", self.casts), ("attention by products", self.attention)) if on]
+        return ", ".join([self.trainer.precision, self.trainer.optimizer, *extra])
+
+
+def multiplies_bf16() -> bool:
+    """Say whether the CPU has instructions for products of bfloat16: AMX, or those of AVX-512."""
+    found = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("amx_tile", "avx512_bf16"))
+    return torch.backends.mkldnn.is_available() and any(ask is not None and ask() for ask in found)
+
+
+def choose(config: RunConfig, model: Any) -> Choice:
+    """Return how a run computes on this machine.
+
+    Args:
+        config: The run's config.
+        model: Its backbone.
+
+    Raises:
+        ConfigError: If the hardware cannot do what is asked for.
+    """
+    trainer = dataclasses.replace(config.trainer, precision=arguments.precision(config.trainer))
+    if trainer.speed == "off":
+        return Choice(trainer)
+    if processes.count() > 1 or quantised.names(model):
+        what = "several processes" if processes.count() > 1 else "a quantised backbone"
+        return Choice(trainer, reasons=(f"nothing is chosen for {what}: all is as with trainer.speed=off",))
+    gpu = torch.cuda.is_available() and not trainer.cpu
+    reasons: list[str] = []
+    casts = attention = False
+    if gpu:
+        reasons.append(f"{trainer.precision} and attention as with trainer.speed=off, which are for a GPU already")
+    else:
+        trainer, precision = _precision(config, trainer, model)
+        reasons.append(precision)
+        if trainer.precision == "bf16" and trainer.compile:
+            reasons.append("casts and attention left to torch.compile")
+        elif trainer.precision == "bf16":
+            casts = True
+            reasons.append("frozen weights are cast once")
+            attention = config.backbone.attention is None and getattr(model.config, "_attn_implementation", None) == "sdpa"
+            if attention:
+                reasons.append("attention by plain products (sdpa's backward pass is slow in bf16)")
+            elif config.backbone.attention:
+                reasons.append(f"attention {config.backbone.attention}, as set")
+    if trainer.optimizer == "adamw":
+        trainer = dataclasses.replace(trainer, optimizer="adamw_fused")
+        reasons.append("AdamW fused, the same to rounding")
+    return Choice(trainer, casts, attention, tuple(reasons))
+
+
+def _precision(config: RunConfig, trainer: TrainerConfig, model: Any) -> tuple[TrainerConfig, str]:
+    """Return the section ``trainer`` with what a CPU computes fastest in, and the reason."""
+    if config.trainer.precision != "auto":
+        return trainer, f"{trainer.precision}, as set"
+    if not multiplies_bf16():
+        return trainer, "fp32, as this CPU has no instructions for products of bf16"
+    if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+        return trainer, "fp32, as the backbone's weights are in float16"
+    chosen = dataclasses.replace(trainer, precision="bf16")
+    return chosen, "bf16 (this CPU multiplies in it), what is trained in fp32"
+
+
+@contextlib.contextmanager
+def applied(choice: Choice, model: Any) -> Iterator[None]:
+    """Within this context a model computes as was chosen; afterwards it is what it was."""
+    with contextlib.ExitStack() as stack:
+        if choice.casts:
+            stack.enter_context(casting.kept(model))
+        if choice.attention:
+            stack.enter_context(half_attention.registered())
+        yield
