@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import dataclasses
 import gc
+import itertools
 import json
 import os
 import sys
@@ -51,7 +52,7 @@ LAYERS, ROWS, TOKENS = (2, 4, 8), (4, 8, 16), (64, 128, 256, 512)
 BASE = {"layers": 4, "rows": 8, "tokens": 128}
 LENGTHS = (32, 64, 128, 256, 512, 1024)
 SETS = {"classification": "one column, a label", "template": "a template, a label's name", "packed text": "task.packing"}
-DATA_ROWS = (10_000, 40_000, 160_000)
+DATA_ROWS, WORDS = (5_000, 20_000, 80_000), 320
 
 
 def arguments() -> argparse.Namespace:
@@ -209,7 +210,8 @@ def data(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             for name in SETS:
                 # A cache of its own, in which nothing is tokenised yet.
                 settings = {"DELTAEXP_CACHE": str(folder / name), "HF_DATASETS_CACHE": str(folder / f"{name}-datasets")}
-                one = child("data", name, str(folder), str(count), **settings)
+                settings |= {"MALLOC_MMAP_THRESHOLD_": "131072"}
+                one = child("data", name, str(folder), **settings)
                 found[name].append({"rows": count, "file_bytes": size, **one})
         cells = (f"{found[name][-1]['peak'] / 2**20:.1f} ({found[name][-1]['seconds']:.1f})" for name in SETS)
         table.add_row(f"{count:,}", f"{size / 1e6:.1f}", *cells)
@@ -237,50 +239,44 @@ def write_rows(folder: Path, count: int) -> int:
     for split, rows in (("train", count), ("validation", 100)):
         with (folder / "data" / f"{split}.jsonl").open("w", encoding="utf-8") as file:
             for number in range(rows):
-                text = " ".join(names[(number * 31 + place * place) % len(names)] for place in range(32))
+                text = " ".join(names[(number * 31 + place * place) % len(names)] for place in range(WORDS))
                 label = number % 2
                 file.write(json.dumps({"sentence": text, "label": label, "word": ["no", "yes"][label]}) + "\n")
     return (folder / "data" / "train.jsonl").stat().st_size
 
 
-def data_of(name: str, place: str, rows: str) -> dict[str, Any]:
+def data_of(name: str, place: str) -> dict[str, Any]:
     """Read and tokenise a set as a run does, and draw the order of an epoch; return the peak of memory and the seconds."""
+    import transformers
+    from torch.utils.data import RandomSampler
+
     from deltaexp.lab import backbones, schema
     from deltaexp.lab.parallel import Share
     from deltaexp.lab.tasks import data as task_data
     from deltaexp.lab.tasks.kinds import choose
     from deltaexp.lab.training import EpochSampler
 
+    sentences = ["task=sst2", "task.answer=head"]
     own = {
-        "classification": ["task=sst2", "task.answer=head"],
-        "template": [
-            "task=sst2",
-            "task.answer=head",
-            "task.inputs=['{sentence} and so on']",
-            "task.target=word",
-            "task.labels=[no,yes]",
-        ],
-        "packed text": ["task=wikitext", "task.subset=null", "task.inputs=[sentence]", "task.max_source_length=128"],
+        "classification": sentences,
+        "template": [*sentences, "task.inputs=['{sentence} and so on']", "task.target=word", "task.labels=[no,yes]"],
+        "packed text": ["task=wikitext", "task.subset=null", "task.inputs=[sentence]"],
     }
     config, _ = schema.composed([
         "delta_type=lora", "backbone=local", f"backbone.source={place}/backbone", "backbone.name=b", *own[name],
         f"task.data={place}/data", "task.test_split=null", "task.max_source_length=64",
     ])  # fmt: skip
-    kind_class = choose(config.task, backbones.settings_of(config.backbone), config.backbone.name)
-    loaded = task_data.load(dataclasses.replace(config.task, data=f"{place}/data"), kind_class, progress=False)
-    backbone = backbones.load(config.backbone, dataclasses.replace(config.task, labels=loaded.labels))
-    from torch.utils.data import RandomSampler
-
-    del loaded
-    gc.collect()
+    settings = backbones.settings_of(config.backbone)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(config.backbone.source)
+    kind_class = choose(config.task, settings, config.backbone.name)
     with sampled() as peak:
         start = time.perf_counter()
         loaded = task_data.load(config.task, kind_class, progress=False)
         task = dataclasses.replace(config.task, labels=loaded.labels)
-        split = backbone.kind(task, backbone.processor, backbone.model.config).splits(loaded)["train"]
+        split = kind_class(task, tokenizer, settings).splits(loaded)["train"]
         took = time.perf_counter() - start
         order = Share(EpochSampler(RandomSampler(split.features), 0, lambda: 0), 32, 0, 1)
-        for number, _ in zip(order, range(64), strict=False):
+        for number in itertools.islice(order, 64):
             split.features[number]
     return {"peak": peak[0], "seconds": took, "features": len(split.features)}
 
