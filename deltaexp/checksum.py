@@ -59,9 +59,15 @@ def _bytes(tensor: torch.Tensor) -> Any:
 
 def digests(tensors: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]) -> dict[str, TensorDigest]:
     """Return the digest of every tensor under its name; hashing releases the interpreter lock, so it uses all cores."""
-    items = list(tensors.items() if isinstance(tensors, Mapping) else tensors)
+    found = dict(tensors)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip((name for name, _ in items), pool.map(tensor_digest, (t for _, t in items)), strict=True))
+        begun = {name: pool.submit(tensor_digest, found[name]) for name in largest_first(found)}
+        return {name: begun[name].result() for name in found}
+
+
+def largest_first(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Return the names of tensors in an order in which several threads are done with them at about the same time."""
+    return sorted(tensors, key=lambda name: -tensors[name].nbytes)
 
 
 def model_md5(tensors: Mapping[str, TensorDigest]) -> str:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from deltaexp.checksum import TensorDigest, digests, quick_hash, tensor_digest
+from deltaexp.checksum import TensorDigest, largest_first, quick_hash, tensor_digest
 
 SMALLEST = 1 << 20
 """Bytes of a model below which hashing takes less time than looking anything up."""
@@ -77,8 +77,11 @@ class Remembered:
             self.learnt = False
 
 
-def model_digests(backbone: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorDigest]:
-    """Return what `deltaexp.checksum.digests` does, for tensors of a backbone.
+@contextlib.contextmanager
+def digesting(backbone: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Iterator[Callable[[], dict[str, TensorDigest]]]:
+    """Have other threads compute digests of a backbone's tensors from now on, as they are now; yield what returns them.
+
+    Meanwhile a tensor may be given other data (``tensor.data = ...``), but its memory may not be written to.
 
     Args:
         backbone: The model, whose config tells where it was loaded from.
@@ -86,13 +89,33 @@ def model_digests(backbone: nn.Module, tensors: Mapping[str, torch.Tensor]) -> d
     """
     small = sum(tensor.nbytes for tensor in tensors.values()) < SMALLEST
     files = [] if small else _files_of(backbone)
-    if not files:
-        return digests(tensors)
-    remembered = Remembered(files)
+    remembered = Remembered(files) if files else None
+    now = {name: tensor.detach() for name, tensor in tensors.items()}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        result = dict(zip(tensors, pool.map(remembered.digest, tensors.values()), strict=True))
-    remembered.write()
-    return result
+        compute = tensor_digest if remembered is None else remembered.digest
+        begun = {name: pool.submit(compute, now[name]) for name in largest_first(now)}
+
+        def result() -> dict[str, TensorDigest]:
+            found = {name: begun[name].result() for name in now}
+            if remembered is not None:
+                remembered.write()
+            return found
+
+        try:
+            yield result
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def model_digests(backbone: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorDigest]:
+    """Return what `deltaexp.checksum.digests` does, for tensors of a backbone.
+
+    Args:
+        backbone: The model, whose config tells where it was loaded from.
+        tensors: Some of its tensors, by their names in it.
+    """
+    with digesting(backbone, tensors) as result:
+        return result()
 
 
 @contextlib.contextmanager

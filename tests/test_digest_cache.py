@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel, P
 
 from deltaexp import AutoDeltaConfig, AutoDeltaModel, checksum, digest_cache
 from deltaexp.checksum import digests
-from deltaexp.digest_cache import model_digests, read_ahead
+from deltaexp.digest_cache import digesting, model_digests, read_ahead
 from deltaexp.errors import BackboneMismatchError
 from deltaexp.structure import backbone_tensors
 
@@ -48,6 +48,17 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def checked(model: PreTrainedModel) -> None:
     tensors = backbone_tensors(model)
     assert model_digests(model, tensors) == digests(tensors)
+
+
+def test_digests_are_of_the_moment_at_which_they_were_asked_for(folder: Path) -> None:
+    model = BertForSequenceClassification.from_pretrained(folder)
+    tensors = backbone_tensors(model)
+    before = digests(tensors)
+    with digesting(model, tensors) as digested:
+        for parameter in model.parameters():
+            parameter.data = torch.zeros_like(parameter)
+        assert digested() == before == digested()
+    checked(model)
 
 
 def test_the_second_time_nothing_is_hashed(folder: Path, hashed: list[str]) -> None:

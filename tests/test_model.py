@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,44 @@ from torch import nn
 import deltaexp.model
 from deltaexp import AutoDeltaConfig, AutoDeltaModel, DeltaConfig, DeltaModel, HashCheck, Layer, Site, registry
 from deltaexp.errors import AddressingError, CheckpointError, ConfigError, DeltaExpError
+from deltaexp.lab.memory import PeakMemory
 
 BERT, T5 = FAMILIES["bert"], FAMILIES["t5"]
 HEAD = ["classifier.weight", "classifier.bias"]
+
+
+# --- the backbone's memory --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("delta_type", ["lora", "adapter", "prefix"])
+def test_loading_copies_nothing_of_the_backbone(delta_type: str, tmp_path: Path) -> None:
+    attach(BERT.build(), delta_type).save_finetuned(tmp_path)
+    backbone = BERT.build()
+    places = {name: tensor.data_ptr() for name, tensor in [*backbone.named_parameters(), *backbone.named_buffers()]}
+    loaded = AutoDeltaModel.from_finetuned(tmp_path, backbone)
+    assert loaded.hash_check is HashCheck.MATCH
+    now = {name: tensor.data_ptr() for name, tensor in [*backbone.named_parameters(), *backbone.named_buffers()]}
+    assert places.items() <= now.items()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is read from /proc")
+def test_loading_takes_no_memory_for_the_backbone(tmp_path: Path) -> None:
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(1 << 18, 64)  # 64 MiB
+            self.layer = nn.Linear(64, 64)
+
+    torch.manual_seed(0)
+    backbone = Wide()
+    config = AutoDeltaConfig.from_dict({"delta_type": "lora", "modified_modules": ["layer"]})
+    delta_model = AutoDeltaModel.from_config(config, backbone)
+    delta_model.freeze_module()
+    delta_model.save_finetuned(tmp_path)
+    delta_model.detach()
+    memory = PeakMemory()
+    AutoDeltaModel.from_finetuned(tmp_path, backbone)
+    assert memory.read()["training"] < backbone.embedding.weight.nbytes / 2
 
 
 # --- unfrozen modules -------------------------------------------------------------------------------------------------
