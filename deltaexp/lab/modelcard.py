@@ -51,8 +51,13 @@ ASIDE_TRAINER = {"progress", "save_every", "keep_checkpoints", "cpu", "eval_batc
 """The same, of the trainer."""
 
 
-def facts(backbone: backbones.Backbone) -> dict[str, Any]:
-    """Return what the card tells of a backbone, for ``results.json``: nothing in it names a folder of this machine."""
+def facts(backbone: backbones.Backbone, drawing: Console) -> dict[str, Any]:
+    """Return what the card tells of a backbone, for ``results.json``: nothing in it names a folder of this machine.
+
+    Args:
+        backbone: The backbone.
+        drawing: What `drawn` returned for it.
+    """
     settings = backbone.model.config
     commit = getattr(settings, "_commit_hash", None)
     local = public.is_local(backbone.source)
@@ -62,7 +67,7 @@ def facts(backbone: backbones.Backbone) -> dict[str, Any]:
         "revision": None if local else commit,
         "local": local,
         "loading_code": backbones.loading_code(backbone.model, backbone.source, public=True),
-        "structure": [line.rstrip() for line in _drawn(backbone.model).export_text().splitlines()],
+        "structure": [line.rstrip() for line in drawing.export_text(clear=False).splitlines()],
     }
 
 
@@ -71,9 +76,9 @@ def _pipeline(kind: str, model_class: str) -> str | None:
     return TASK_TYPES[kind] if kind in PIPELINES and "Conditional" not in model_class and "LM" not in model_class else None
 
 
-def picture(model: nn.Module) -> str:
-    """Return the structure of a model with its delta as an SVG image."""
-    return _drawn(model).export_svg(title=type(model).__name__)
+def picture(backbone: backbones.Backbone, drawing: Console) -> str:
+    """Return the structure of a backbone with its delta, as `drawn` drew it, as an SVG image."""
+    return drawing.export_svg(title=type(backbone.model).__name__, clear=False)
 
 
 def build(config: DeltaConfig, results: dict[str, Any], folder: Path, hub: dict[str, Any] | None = None) -> str:
@@ -310,7 +315,7 @@ def _named(run: dict[str, Any], backbone: dict[str, Any]) -> str:
     return f"backbone={name}" if name in choices("backbone") else f"backbone=local backbone.source={run['backbone']['source']}"
 
 
-def _drawn(model: nn.Module) -> Console:
+def drawn(model: nn.Module) -> Console:
     """Draw the structure of a model on a console that records it; what is frozen as a whole is shown in one line."""
     tree = Visualization(model).structure_graph(Console(file=io.StringIO()))
     _prune(tree)

@@ -244,9 +244,10 @@ def _train(
             check = verifying.loads_again(delta_model, stage, few, shared.untouched(config, task, delta_model))
 
         # 10. Results and card, then the folder gets its name: what is called delta is complete and verified.
+        drawing = modelcard.drawn(backbone.model)
         results = {
             "config": described,
-            "backbone": modelcard.facts(backbone),
+            "backbone": modelcard.facts(backbone, drawing),
             "task_metric": kind.metric,
             "greater_is_better": kind.greater_is_better,
             "labels": data.labels,
@@ -279,7 +280,7 @@ def _train(
         files = {
             checkpoint.RESULTS: checkpoint.dump(results),
             checkpoint.CARD: modelcard.build(delta_model.config, results, stage),
-            modelcard.PICTURE: modelcard.picture(backbone.model),
+            modelcard.PICTURE: modelcard.picture(backbone, drawing),
         }
         checkpoint.add_files(stage, files)
         os.replace(stage, target)
