@@ -14,6 +14,7 @@ from typing import Any
 from deltaexp import __version__, commands
 from deltaexp.errors import ConfigError, DeltaExpError, InterruptedRunError, unknown
 from deltaexp.lab import processes
+from deltaexp.lazy import imports
 from deltaexp.redaction import guard_logs, redact
 
 RUN = {
@@ -112,7 +113,8 @@ def _run(words: list[str]) -> int:
         hydra_config = HydraConfig.get()
         guard_logs()  # the handlers are Hydra's, made for this job
         folder = hydra_config.runtime.output_dir
-        from deltaexp.lab.run import run  # torch and transformers are imported here, not earlier
+        with imports():
+            from deltaexp.lab.run import run  # torch and transformers are imported here, not earlier
 
         again = " ".join(["python -m deltaexp", shlex.join(_with(words, options.overrides, ["resume=true"]))])
         score = run(run_config, delta_config, folder, again=again).score
@@ -138,7 +140,8 @@ def _run(words: list[str]) -> int:
 
 def _follow(run_config: Any, delta_config: Any) -> int:
     """Be one of the other processes of a run, whose folder is the one that Hydra makes in the first."""
-    from deltaexp.lab.run import run
+    with imports():
+        from deltaexp.lab.run import run
 
     guard_logs()
     run(run_config, delta_config, "")

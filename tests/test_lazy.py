@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from deltaexp import Layer, LoraModel
 from deltaexp.deltas._linear import LinearMap
 from deltaexp.deltas.adapter import AdapterLayer
 from deltaexp.deltas.lora import LoraLayer
+from deltaexp.lazy import imports
 
 
 def python(code: str, *arguments: object) -> str:
@@ -48,6 +50,20 @@ assert isinstance(layer, torch.nn.Module)
 print("done")
 """
     assert python(code) == "done"
+
+
+def test_what_is_imported_is_no_matter_for_the_garbage_collector(monkeypatch: pytest.MonkeyPatch) -> None:
+    with imports():  # torch is there already, and what others have made may become garbage
+        assert gc.isenabled()
+    assert not gc.get_freeze_count()
+    monkeypatch.delitem(sys.modules, "torch")
+    try:
+        with imports():
+            assert not gc.isenabled()
+        assert gc.isenabled()
+        assert gc.get_freeze_count()
+    finally:
+        gc.unfreeze()
 
 
 def test_layers_are_modules() -> None:

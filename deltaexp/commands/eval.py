@@ -22,6 +22,7 @@ from pathlib import Path
 
 from deltaexp.commands import check_place, parted, switch
 from deltaexp.errors import ConfigError, listing
+from deltaexp.lazy import imports
 
 USAGE = "eval delta=DIR_OR_REPO[,...] [key=value ...]    measure saved deltas on any split"
 SWITCHES = ("baseline", "merged", "predictions")
@@ -38,7 +39,8 @@ def main(words: list[str]) -> int:
     from deltaexp.lab import recorded
 
     recorded.check(overrides, "eval")
-    from deltaexp.lab.evaluating import Asked, evaluate
+    with imports():
+        from deltaexp.lab.evaluating import Asked, evaluate
 
     evaluate(
         Asked(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from deltaexp.commands import check_place, parted
 from deltaexp.errors import ConfigError
+from deltaexp.lazy import imports
 
 if TYPE_CHECKING:
     from deltaexp.lab.config import RunConfig
@@ -33,7 +34,8 @@ def main(words: list[str]) -> int:
     config = backbone_of(overrides, "export") or _of_the_run(Path(places[0]))
     if config is None:
         raise ConfigError("export computes with the backbone, and none is named: add backbone=..., as in the run.")
-    from deltaexp.lab.converting import export
+    with imports():
+        from deltaexp.lab.converting import export
 
     return export(places[0], out, options["to"], config, revision=options.get("revision"))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from deltaexp.commands import check_place
 from deltaexp.commands.export import backbone_of, split
 from deltaexp.errors import ConfigError
+from deltaexp.lazy import imports
 
 USAGE = "import DIR_OR_REPO out=FOLDER backbone=...    save a delta of PEFT or OpenDelta as one of deltaexp, with digests"
 OWN = ("out", "revision")
@@ -22,6 +23,7 @@ def main(words: list[str]) -> int:
     config = backbone_of(overrides, "import")
     if config is None:
         raise ConfigError("import puts the delta on its backbone to record what that is, and none is named: add backbone=...")
-    from deltaexp.lab.converting import import_
+    with imports():
+        from deltaexp.lab.converting import import_
 
     return import_(places[0], options["out"], config, revision=options.get("revision"))

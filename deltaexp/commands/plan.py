@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from deltaexp.commands import searched, switch
 from deltaexp.errors import ConfigError
+from deltaexp.lazy import imports
 
 USAGE = "plan KEY=VALUE ...    what a run would train, the memory and FLOPs it would take, before weights are loaded"
 NUMBERS = ("length", "target_length", "rows")
@@ -28,8 +29,9 @@ def main(words: list[str]) -> int:
     numbers = {key: _number(key, options[key]) for key in NUMBERS if key in options}
     others, folders = searched([word for word in words if word.split("=", 1)[0] not in OWN])
     config, delta_config = schema.composed(others, folders)
-    from deltaexp.lab import plan
-    from deltaexp.lab.costs import Sizes
+    with imports():
+        from deltaexp.lab import plan
+        from deltaexp.lab.costs import Sizes
 
     found = plan.make(config, delta_config, Sizes(**numbers))
     if as_json:

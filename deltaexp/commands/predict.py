@@ -25,6 +25,7 @@ from pathlib import Path
 from deltaexp.commands import switch
 from deltaexp.commands.eval import own_words, places
 from deltaexp.errors import ConfigError
+from deltaexp.lazy import imports
 
 USAGE = "predict delta=DIR_OR_REPO input=FILE [out=FILE] [key=value ...]    answer rows, a line of JSON for each"
 SWITCHES = ("scores", "merged", "resume")
@@ -53,7 +54,8 @@ def main(words: list[str]) -> int:
         raise ConfigError("resume=true goes on with a file, and none is named: add out=FILE.")
     if out is not None and out.is_dir():
         raise ConfigError(f"out={str(out)!r} is a folder; name a file.")
-    from deltaexp.lab.predicting import Asked, predict
+    with imports():
+        from deltaexp.lab.predicting import Asked, predict
 
     asked = Asked(deltas[0], options["input"], overrides, out=out, revision=options.get("revision"), **switches)
     try:

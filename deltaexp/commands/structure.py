@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from deltaexp.commands import searched
+from deltaexp.lazy import imports
 
 USAGE = "structure backbone=...    show the names that modified_modules may use on a backbone"
 
@@ -12,7 +13,8 @@ def main(words: list[str]) -> int:
     from deltaexp.lab import schema
 
     run_config, _ = schema.composed(*searched(words))
-    from deltaexp.lab.inspecting import show
+    with imports():
+        from deltaexp.lab.inspecting import show
 
     show(run_config)
     return 0

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from deltaexp.commands import check_place, parted, switch
 from deltaexp.errors import ConfigError
+from deltaexp.lazy import imports
 
 USAGE = "verify DIR_OR_REPO [backbone=...]    check files, digests and hash of a delta; with its backbone, all of it"
 OWN = ("probe", "revision")
@@ -36,6 +37,7 @@ def main(words: list[str]) -> int:
     elif probe:
         raise ConfigError("probe=true computes with the backbone, and none is named: add backbone=...")
     check_place(places[0])
-    from deltaexp.lab.verifying import verify
+    with imports():
+        from deltaexp.lab.verifying import verify
 
     return verify(places[0], config, probe=probe, revision=options.get("revision"))

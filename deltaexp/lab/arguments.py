@@ -8,7 +8,6 @@ import shutil
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
 
 from deltaexp.errors import ConfigError, listing
 from deltaexp.lab import processes
@@ -17,6 +16,7 @@ from deltaexp.lab.config import TrainerConfig
 from deltaexp.lab.hyperparameters import NO_FP16, OPTIMIZERS
 from deltaexp.lab.tasks.kinds import Kind
 from deltaexp.lab.tasks.metrics import greater_is_better
+from deltaexp.lab.trainer import TrainingArguments
 from deltaexp.model import DeltaModel
 
 COMPILERS = ("g++", "clang++", "c++")

@@ -5,12 +5,11 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from transformers import TrainerCallback
-
 from deltaexp.errors import listing
 from deltaexp.lab import processes
 from deltaexp.lab.checkpoints import Checkpoints
 from deltaexp.lab.tracking import Trackers
+from deltaexp.lab.trainer import TrainerCallback
 from deltaexp.model import DeltaModel
 
 

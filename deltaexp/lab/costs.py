@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
 
 from deltaexp.errors import ConfigError
 from deltaexp.lab import arguments, estimate, smoothing
@@ -19,6 +18,7 @@ from deltaexp.lab.estimate import Dry, Execution, Forward
 from deltaexp.lab.hyperparameters import OPTIMIZERS
 from deltaexp.lab.tasks.kinds import text
 from deltaexp.lab.tasks.kinds.base import position_limit
+from deltaexp.lab.trainer import Trainer, TrainingArguments
 from deltaexp.model import DeltaModel
 from deltaexp.ownership import originals
 from deltaexp.registry import DeltaConfig

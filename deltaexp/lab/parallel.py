@@ -16,11 +16,10 @@ from accelerate.data_loader import BatchSamplerShard
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Sampler
-from transformers import Trainer
-from transformers.trainer_pt_utils import find_batch_size
 
 from deltaexp.lab import processes
 from deltaexp.lab.tasks.kinds.base import IGNORED
+from deltaexp.lab.trainer import Trainer, find_batch_size
 
 PREPARED = ("_is_accelerate_prepared", "forward", "_original_forward")
 """What accelerate puts on a model that it has prepared."""

@@ -9,11 +9,10 @@ import json
 import shutil
 from typing import Any
 
-from transformers import TrainerCallback
-
 from deltaexp.errors import PrunedRunError, RunError
 from deltaexp.lab.recovery import CHECKPOINTS, Claim
 from deltaexp.lab.sweeping import study
+from deltaexp.lab.trainer import TrainerCallback
 
 
 class Pruning(TrainerCallback):

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.trainer_pt_utils import LabelSmoother
 
 from deltaexp.errors import ConfigError
 from deltaexp.lab.tasks.kinds.base import IGNORED
+from deltaexp.lab.trainer import LabelSmoother
 
 
 class Smoother(LabelSmoother):

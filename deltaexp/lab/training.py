@@ -12,14 +12,6 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import RandomSampler, Sampler
-from transformers import (
-    EarlyStoppingCallback,
-    EvalPrediction,
-    TrainerState,
-    set_seed,
-)
-from transformers.trainer_callback import ExportableState, PrinterCallback
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from deltaexp.checkpoint import WEIGHTS
 from deltaexp.errors import ConfigError, DamagedFileError, RunError, listing, unknown
@@ -31,6 +23,15 @@ from deltaexp.lab.parallel import ParallelTrainer
 from deltaexp.lab.tasks.kinds import Kind, Split
 from deltaexp.lab.tasks.kinds.base import ROW
 from deltaexp.lab.tracking import TIMINGS
+from deltaexp.lab.trainer import (
+    EarlyStoppingCallback,
+    EvalPrediction,
+    ExportableState,
+    LengthGroupedSampler,
+    PrinterCallback,
+    TrainerState,
+    set_seed,
+)
 from deltaexp.model import DeltaModel
 
 TRAINER_STATE = "trainer_state.json"
@@ -55,6 +56,7 @@ class DeltaTrainer(ParallelTrainer):
         self.checkpoints = saved
         self.optimizer: Any = None
         self.label_smoother: Any = None
+        self._ops_per_value: tuple[int, str] | None = None
         self.checkpointing = False
         """Whether activations are computed again in the backward pass."""
         self.learning_rates: dict[str, float] = {}
@@ -89,6 +91,16 @@ class DeltaTrainer(ParallelTrainer):
         if not math.isfinite(logs.get("loss", 0.0)):
             self._stop(f"the loss is {logs['loss']}")
         super().log(logs, *arguments, **options)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Return transformers' estimate for a batch, without counting the model's parameters at every step."""
+        if self._ops_per_value is None:
+            name = getattr(self.model, "main_input_name", "input_ids")
+            if name not in inputs or not inputs[name].numel():
+                return super().floating_point_ops(inputs)
+            self._ops_per_value = super().floating_point_ops(inputs) // inputs[name].numel(), name
+        per_value, name = self._ops_per_value
+        return per_value * inputs[name].numel() if name in inputs else 0
 
     def _check_finite(self) -> None:
         """Check that what was trained is worth keeping.

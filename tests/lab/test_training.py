@@ -9,7 +9,7 @@ import pytest
 import torch
 from models import FAMILIES, attach
 from torch.utils.data import RandomSampler
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from deltaexp import AutoDeltaConfig, AutoDeltaModel, registry
 from deltaexp.errors import ConfigError, RunError
@@ -358,3 +358,12 @@ def test_early_stopping_waits_for_a_real_improvement(trainer_for: Make) -> None:
     trainer, _ = trainer_for({"delta_type": "lora"}, **keys, early_stopping_min_delta=1e6)
     trainer.train_from(None)
     assert trainer.state.global_step == 3
+
+
+@pytest.mark.parametrize("delta_type", ["lora", "none"])
+def test_operations_are_those_that_transformers_counts(delta_type: str, trainer_for: Make) -> None:
+    trainer, _ = trainer_for({"delta_type": delta_type})
+    for columns in (3, 7):
+        inputs = {"input_ids": torch.ones(2, columns)}
+        assert trainer.floating_point_ops(inputs) == Trainer.floating_point_ops(trainer, inputs) > 0
+    assert trainer.floating_point_ops({}) == 0

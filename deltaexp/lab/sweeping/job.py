@@ -22,6 +22,7 @@ from rich.console import Console
 from deltaexp.errors import DeltaExpError, PrunedRunError, RunningElsewhereError
 from deltaexp.lab.config import RunConfig
 from deltaexp.lab.sweeping import record
+from deltaexp.lazy import imports
 from deltaexp.redaction import guard_logs, redact
 from deltaexp.registry import DeltaConfig
 
@@ -84,8 +85,9 @@ def execute(job: Job) -> Result:
     record.update(job.sweep, entry)
     with open(job.path / LOG, "a", encoding="utf-8") as log, _logging_to(log):
         try:
-            from deltaexp.lab import sharing  # torch and transformers are imported here, not earlier
-            from deltaexp.lab.run import run
+            with imports():
+                from deltaexp.lab import sharing  # torch and transformers are imported here, not earlier
+                from deltaexp.lab.run import run
 
             tracker = dataclasses.replace(job.run.tracker, group=job.run.tracker.group or Path(job.sweep).name or None)
             config = dataclasses.replace(job.run, resume=True, tracker=tracker)

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import transformers
 from datasets import Dataset
-from scipy.special import softmax
 from torch import nn
 from transformers import DataCollatorWithPadding
 
@@ -66,6 +65,8 @@ class Classification(Headed):
 
     def scores(self, predictions: np.ndarray, numbers: np.ndarray) -> list[dict[str, float]] | None:
         """Return the probability of each label, by the softmax of the logits."""
+        from scipy.special import softmax  # not needed to train
+
         probabilities = softmax(predictions.astype(np.float64), axis=-1)
         return [dict(zip(self.task.labels, map(float, row), strict=True)) for row in probabilities]
 
