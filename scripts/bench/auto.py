@@ -10,8 +10,6 @@ weights" is the same with ``backbone.dtype=bfloat16``.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import dataclasses
 import gc
 import json
 import warnings
@@ -20,12 +18,9 @@ from typing import Any
 
 import torch
 import transformers
-from contenders import BF16, FP32, Prepared, attached, of_peft, our_lora, peft_lora, prepared
+from contenders import BF16, auto, of_peft, peft_lora
 from measure import in_turns, ratio, summary
 from shapes import SHAPES, Backbones
-
-from deltaexp import half_attention
-from deltaexp.lab import schema, speeding
 
 PEFT = {
     "PEFT, fp32 (its default)": {},
@@ -33,19 +28,6 @@ PEFT = {
     "PEFT, bf16 adapters, eager attention": {"dtype": BF16, "autocast_adapter_dtype": False, "attention": "eager"},
     "PEFT, autocast, eager attention": {"autocast": True, "attention": "eager"},
 }
-
-
-def auto(backbones: Backbones, dtype: torch.dtype, stack: contextlib.ExitStack) -> Prepared:
-    """Return a LoRA on all linear maps as a run with ``trainer.speed=auto`` computes it."""
-    model = backbones.get(dtype)
-    delta = attached(model, our_lora("all")(backbones.shape))
-    choice = speeding.choose(schema.composed(["trainer.speed=auto", "trainer.cpu=true"])[0], model)
-    # Attention is set for the whole process, and so for the others: in its own steps only.
-    stack.enter_context(speeding.applied(dataclasses.replace(choice, attention=False), model))
-    around = half_attention.registered if choice.attention else contextlib.nullcontext
-    made = prepared(model, backbones, autocast=choice.trainer.precision == "bf16", around=around)
-    made.keep.append(delta)
-    return made
 
 
 def main() -> None:
@@ -61,18 +43,17 @@ def main() -> None:
     results: dict[str, Any] = {}
     for name in names:
         backbones = Backbones(SHAPES[name], "cpu")
-        with contextlib.ExitStack() as stack:
-            made = {key: of_peft(peft_lora("all"), **keys)(backbones) for key, keys in PEFT.items()}
-            made["auto"] = auto(backbones, FP32, stack)
-            made["auto, bf16 weights"] = auto(backbones, BF16, stack)
-            for one in made.values():
-                for _ in range(2):
-                    one.step()
-            gc.collect()
-            gc.disable()
-            steps = {key: one.step for key, one in made.items()}
-            times = in_turns(steps, "cpu", options.seconds / len(names), 200, lambda: None)
-            gc.enable()
+        made = {key: of_peft(peft_lora("all"), **keys)(backbones) for key, keys in PEFT.items()}
+        made["auto"] = auto(backbones)
+        made["auto, bf16 weights"] = auto(backbones, dtype=BF16)
+        for one in made.values():
+            for _ in range(2):
+                one.step()
+        gc.collect()
+        gc.disable()
+        steps = {key: one.step for key, one in made.items()}
+        times = in_turns(steps, "cpu", options.seconds / len(names), 200, lambda: None)
+        gc.enable()
         default, *low = list(PEFT)
         best = min(low, key=lambda key: min(times[key]))
         results[name] = {"best bf16 setting of PEFT": best, "rounds": len(times[default]), "contenders": {}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,7 +15,8 @@ import torch
 from shapes import Backbones, Shape
 from torch import nn
 
-from deltaexp import AutoDeltaConfig, AutoDeltaModel, route, speed
+from deltaexp import AutoDeltaConfig, AutoDeltaModel, half_attention, route, speed
+from deltaexp.lab import schema, speeding
 
 RANK, ALPHA = 8, 16
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -162,6 +164,21 @@ def attached(backbone: Any, keys: dict[str, Any]) -> Any:
     return delta
 
 
+def auto(backbones: Backbones, kind: str = "all", dtype: torch.dtype = FP32) -> Prepared:
+    """Return a LoRA as a run with ``trainer.speed=auto`` computes it."""
+    model = backbones.get(dtype)
+    delta = attached(model, our_lora(kind)(backbones.shape))
+    on = [] if backbones.device != "cpu" else ["trainer.cpu=true"]
+    choice = speeding.choose(schema.composed(["trainer.speed=auto", *on])[0], model)
+    # Attention is set for the whole process, and so for the others: in its own steps only.
+    applied = contextlib.ExitStack()
+    applied.enter_context(speeding.applied(dataclasses.replace(choice, attention=False), model))
+    around = half_attention.registered if choice.attention else contextlib.nullcontext
+    made = prepared(model, backbones, autocast=choice.trainer.precision == "bf16", around=around)
+    made.keep += [delta, applied]
+    return made
+
+
 def lora_modules(kind: str, shape: Shape) -> tuple[str, ...]:
     return {"q,v": shape.query_value, "all": shape.linears}[kind]
 
@@ -225,6 +242,8 @@ def training_bf16(device: str) -> Group:
             found.append(
                 Contender(f"LoRA {kind}: {setting}", "deltaexp", f"lora {kind}", "bf16", ours(our_lora(kind), **options))
             )
+        found.append(Contender(f"LoRA {kind}: speed=auto", "deltaexp", f"lora {kind}", "bf16", partial(auto, kind=kind)))
+    found.append(Contender("PEFT LoRA all: its default, fp32", "peft", "lora all in fp32", "fp32", of_peft(peft_lora("all"))))
     return Group("training, bf16", True, found, LIMIT)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +63,16 @@ def targets(results: dict[str, Any]) -> list[dict[str, Any]]:
         for kind in ("q,v", "all"):
             theirs, mine = _best(low, f"lora {kind}", "peft"), _best(low, f"lora {kind}", "deltaexp")
             if theirs and mine:
-                value = mine["seconds"]["median"] / theirs["seconds"]["median"]
-                hold(f"{shape}: bf16 LoRA {kind} against PEFT's best bf16 setting", value, 0.67 if shape == "minilm" else 1.0)
+                most = 0.67 if shape == "minilm" else 1.0
+                hold(f"{shape}: bf16 LoRA {kind} against PEFT's best bf16 setting", _of(mine, theirs), most)
+        default, auto = low.get("PEFT LoRA all: its default, fp32"), low.get("LoRA all: speed=auto")
+        if default and auto:
+            hold(f"{shape}: speed=auto, LoRA all, against PEFT's default", _of(auto, default), 0.4)
         for group in (fp32, groups.get("methods, fp32", {}).get("contenders", {})):
             for method in dict.fromkeys(one["method"] for one in group.values()):
                 theirs, mine = _best(group, method, "peft"), _best(group, method, "deltaexp")
                 if theirs and mine:
-                    pairs = zip(mine["times"], theirs["times"], strict=True)
-                    value = sorted(a / b for a, b in pairs)[len(mine["times"]) // 2]
-                    hold(f"{shape}: {method} against PEFT", value, 1.0)
+                    hold(f"{shape}: {method} against PEFT", _of(mine, theirs), 1.0)
                     value = mine["saved_bytes"] / max(theirs["saved_bytes"], 1)
                     hold(f"{shape}: {method}, saved bytes against PEFT", value, 1.0)
         for name, one in groups.items():
@@ -79,6 +81,11 @@ def targets(results: dict[str, Any]) -> list[dict[str, Any]]:
                     found = _best(one["contenders"], method, "deltaexp")
                     hold(f"{shape}: {name}, {method} against the backbone", found and found["ratio"]["median"], most)
     return lines
+
+
+def _of(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """Return the median of the ratios of two contenders' times, round by round."""
+    return statistics.median(a / b for a, b in zip(one["times"], other["times"], strict=True))
 
 
 def _best(contenders: dict[str, Any], method: str, library: str, exact: str | None = None) -> Any:
