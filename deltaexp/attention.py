@@ -37,7 +37,7 @@ NAME = "deltaexp_"
 
 def attention_cores(module: nn.Module) -> list[str]:
     """Return the names, relative to ``module``, of the modules in it (or itself, "") that call the attention interface."""
-    return [name for name, inner in backbone_modules(module) if _calls_interface(inner)]
+    return [name for name, inner in backbone_modules(module) if calls_interface(inner)]
 
 
 def chooses_by_name(core: nn.Module) -> bool:
@@ -136,7 +136,7 @@ def attend(
     value = torch.cat([*(_heads(second, value) for _, second in learned), value], dim=2)
     module.__dict__["config"] = view.original  # flash attention chooses its kernel by the name in module.config
     try:
-        return _own_function(module, name)(module, query, key, value, attention_mask, *args, **kwargs)
+        return own_function(module, name)(module, query, key, value, attention_mask, *args, **kwargs)
     finally:
         module.__dict__["config"] = view
 
@@ -192,12 +192,13 @@ def _forward(core: nn.Module) -> Any:
     return inspect.unwrap(type(core).forward)
 
 
-def _calls_interface(module: nn.Module) -> bool:
+def calls_interface(module: nn.Module) -> bool:
+    """Say whether a module's own code calls the attention interface."""
     code = getattr(_forward(module), "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names and hasattr(module, "config")
 
 
-def _own_function(module: nn.Module, name: str) -> Callable[..., Any]:
+def own_function(module: nn.Module, name: str) -> Callable[..., Any]:
     """Return the attention function that a module would call, found as its own code finds it.
 
     A modelling file may have its own table; eager is in no table, but is the function that the code gives as the default.

@@ -92,6 +92,8 @@ class Layer(_Pending):
     """Of two layers on one module the one with the lower number computes first; `deltaexp.surgery` counts."""
     batch_rows: Any = None
     """The rows of the batch that the layer is for, where rows use different deltas; None means all."""
+    tokenwise = False
+    """Whether what it makes of a token depends on this token alone, so that it may be given only some of them."""
     connect: Any = None
     merged: Any = None
 

@@ -171,4 +171,4 @@ class NoDefault(nn.Module):
 
 def test_an_unknown_function_is_an_error() -> None:
     with pytest.raises(DeltaExpError, match="NoDefault has no attention function 'eager'"):
-        attention._own_function(NoDefault(), "eager")
+        attention.own_function(NoDefault(), "eager")

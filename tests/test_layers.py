@@ -19,6 +19,7 @@ ORDER = [
     {"deltas"},
     {"fused"},
     {"checkpoint", "surgery"},
+    {"frozen", "first_token"},
     {"verification", "card", "interop", "planning"},
     {"hub", "publishing", "searching", "folding"},
     {"merging"},

@@ -75,6 +75,7 @@ class WeightDelta(Layer):
         super().__init__()
         self.target = target
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        self.tokenwise = not target.kernel
 
     @property
     def drops(self) -> float:

@@ -131,6 +131,7 @@ class ResidualLayer(Layer):
     """
 
     insertion = "sequential"
+    tokenwise = True
 
     def __init__(self, axis: int = -1) -> None:
         super().__init__()

@@ -88,6 +88,7 @@ class BitfitLayer(Layer):
     """
 
     insertion = "sequential"
+    tokenwise = True
 
     def __init__(self, dim: int) -> None:
         super().__init__()

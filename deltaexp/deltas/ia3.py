@@ -69,6 +69,8 @@ class Ia3Layer(Layer):
         axis: The number of that dimension.
     """
 
+    tokenwise = True
+
     def __init__(self, dim: int, scales_input: bool = False, axis: int = -1) -> None:
         super().__init__()
         self.insertion = "input" if scales_input else "sequential"

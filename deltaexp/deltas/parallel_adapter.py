@@ -104,6 +104,8 @@ class ParallelAdapterLayer(Layer):
         scaled: The factor s; None means 1.
     """
 
+    tokenwise = True
+
     def __init__(self, in_dim: int, bottleneck_dim: int, out_dim: int, non_linearity: str, scaled: float | None = None) -> None:
         super().__init__()
         self.scaled = 1.0 if scaled is None else scaled

@@ -124,6 +124,7 @@ class _CarriedLayer(Layer):
 
     opendelta_positions = False
     """See `PrefixConfig`."""
+    tokenwise = True
     shift: tuple[int, nn.Module] | None = None
     """How far the text's positions are moved, and the model that takes them. One layer of a delta has it, in a tuple, so that
     the model is no child of it."""

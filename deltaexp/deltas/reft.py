@@ -94,6 +94,7 @@ class ReftLayer(Layer):
     def __init__(self, dim: int, rank: int, ends: tuple[int, int] | None = None, dropout: float = 0.0) -> None:
         super().__init__()
         self.ends = ends
+        self.tokenwise = ends is None
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.rotate = nn.Parameter(torch.empty(rank, dim))
         nn.init.orthogonal_(self.rotate)

@@ -134,6 +134,13 @@ class TrainerConfig:
     """Take the best of the checkpoints that were evaluated in the end, as early stopping does, and train all steps."""
     group_by_length: bool = False
     """Put rows of similar length into a batch, which saves computing on padding where lengths vary."""
+    shortcuts: str = "auto"
+    """Leave out what would come to the same, to rounding: ``auto`` keeps what the blocks below the lowest delta make of each
+    text over epochs, evaluations and runs, where nothing in them is random, and computes in the last block only the token that
+    a head reads; ``off`` computes all in every step."""
+    activation_cache: float = 8.0
+    """The most GiB that kept activations may take on disk, those of all runs together; 0 keeps none. The longest unused make
+    room for others, and a split that would take more is computed in every step."""
     log_every: int = 25
     """Steps between two entries of the training log."""
     save_every: Optional[int] = None

@@ -27,6 +27,7 @@ from deltaexp.lab.backbones import Backbone
 from deltaexp.lab.checkpoints import Checkpoints
 from deltaexp.lab.config import TrainerConfig
 from deltaexp.lab.recorded import Recorded
+from deltaexp.lab.shortcuts import Shortcuts
 from deltaexp.lab.taskconfig import TaskConfig
 from deltaexp.lab.tasks import data as task_data
 from deltaexp.lab.tasks.kinds import Kind, Split, choose
@@ -102,7 +103,11 @@ def evaluate(asked: Asked, console: Console | None = None) -> dict[str, Any]:
                 if asked.baseline and base is None:
                     with delta_model.detached():
                         base = _measured(trainer, features, asked, "baseline")
+                base_tensors = model_digests(backbone.model, delta_model.base_tensors())
+                short = Shortcuts(one.config, trainer, ["test"], model_sha256(base_tensors))
+                short.begin()
                 metrics = _measured(trainer, features, asked, name)
+                short.end()
         if digest(backbone) != before:
             raise DeltaExpError(
                 f"The backbone is not the one that it was before {one.place!r} was attached and detached. This is a fault of "

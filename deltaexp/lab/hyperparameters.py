@@ -10,6 +10,7 @@ from deltaexp.errors import ConfigError, listing, unknown
 if TYPE_CHECKING:
     from deltaexp.lab.config import TrainerConfig
 
+SHORTCUTS = ("auto", "off")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 SPEEDS = ("off", "auto")
 NO_FP16 = (
@@ -54,7 +55,8 @@ def check_trainer(trainer: TrainerConfig) -> None:
     """
     if trainer.sharding is not None and trainer.sharding not in SHARDINGS:
         raise ConfigError(unknown("trainer.sharding", trainer.sharding, SHARDINGS))
-    for key, allowed in (("lr_scheduler", SCHEDULES), ("precision", PRECISIONS), ("speed", SPEEDS), ("optimizer", OPTIMIZERS)):
+    choices = {"lr_scheduler": SCHEDULES, "precision": PRECISIONS, "speed": SPEEDS, "shortcuts": SHORTCUTS}
+    for key, allowed in {**choices, "optimizer": OPTIMIZERS}.items():
         value = getattr(trainer, key)
         if value not in allowed:
             raise ConfigError(unknown(f"trainer.{key}", value, allowed))
@@ -65,7 +67,7 @@ def check_trainer(trainer: TrainerConfig) -> None:
     for name, number in {**above, **rates}.items():
         if number is not None and number <= 0:
             raise ConfigError(f"trainer.{name} is {number}; it must be greater than 0.")
-    for key in ("weight_decay", "save_every", "warmup_steps", "early_stopping_min_delta"):
+    for key in ("weight_decay", "save_every", "warmup_steps", "early_stopping_min_delta", "activation_cache"):
         if (getattr(trainer, key) or 0) < 0:
             raise ConfigError(f"trainer.{key} is {getattr(trainer, key)}; it must be at least 0.")
     for key in ("warmup_ratio", "label_smoothing", "adam_beta1", "adam_beta2", "momentum"):

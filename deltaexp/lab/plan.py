@@ -17,7 +17,7 @@ from torch import nn
 from deltaexp.addressing import covers
 from deltaexp.auto import AutoDeltaModel
 from deltaexp.errors import AddressingError, ConfigError, DeltaExpError, listing
-from deltaexp.lab import blueprint, costs, estimate, optimizers
+from deltaexp.lab import blueprint, costs, estimate, optimizers, shortcuts
 from deltaexp.lab.blueprint import Blueprint, Checkpoint
 from deltaexp.lab.config import RunConfig
 from deltaexp.lab.costs import Memory, Sizes
@@ -126,6 +126,7 @@ def make(config: RunConfig, delta_config: DeltaConfig, sizes: Sizes | None = Non
     )
     if batch.get("choices") and len(config.task.choices) < 2:
         plan.remarks.append(f"How many answers a row has to choose from is read from the data: {costs.CHOICES} are assumed.")
+    plan.remarks += shortcuts.planned(config, delta_model)
     found = costs.find(config.trainer, delta_model, drawn, batch)
     plan.memory, plan.flops = found.memory, found.flops
     if plan.flops and plan.steps:

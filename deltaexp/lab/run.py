@@ -34,6 +34,7 @@ from deltaexp.lab import (
     pushing,
     recovery,
     sharding,
+    shortcuts,
     speeding,
     telling,
     tracking,
@@ -199,6 +200,12 @@ def _train(
                 measured = ["before", plain, data.fingerprint, config.task, kind.cache_key(), config.backbone, precision]
                 measured += [config.trainer.eval_batch_size, config.trainer.cpu]
                 before = shared.once(measured, functools.partial(training.evaluate, trainer, final))
+        # What comes to the same is left out from here on.
+        short = shortcuts.Shortcuts(config, trainer, ["train", "validation", data.evaluated], base)
+        with clock.phase("shortcuts", "finding out what need not be computed"):
+            short.begin()
+        for line in short.told:
+            console.print(f"  {line}", markup=False)
         memory, peak = PeakMemory(), notes.get("peak", {})
         trainer.notes = lambda: {
             "before": before,
@@ -225,6 +232,7 @@ def _train(
             with clock.phase("validate", "evaluating with the delta on validation"):
                 metrics["validation"] = training.evaluate(trainer, splits["validation"])
 
+        short.end()
         trainer.unwrap()
         speed.close()
         if not processes.is_main():
@@ -260,6 +268,7 @@ def _train(
             "processes": processes.count(),
             "global_batch_size": trainer.global_batch_size,
             "sharding": config.trainer.sharding,
+            "shortcuts": short.facts(),
             "seeds": seeds,
             "rows": rows,
             "truncated": truncated,

@@ -1,0 +1,217 @@
+"""The part of a backbone below the lowest delta, which computes the same for a text in every epoch, and how to leave it out.
+
+Let block ``k`` be the lowest one in which something is trained or a delta hangs. What leaves block ``k - 1`` for a text
+depends on its tokens alone: on no parameter that is trained, and on neither the batch that the text is in nor its padding, as
+far as the architecture keeps texts apart, which `deltaexp.lab.shortcuts` tries out. Where these activations, shape ``(tokens,
+dim)``, are known, the model's own forward pass goes on from them: while it runs, a stand-in is in the place of each block below
+``k``. The first ones hand on what they are given, and the last returns the known activations. Masks, positions and all that a
+model makes before, between and after its blocks are made as ever, and each block keeps its number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from deltaexp.hooks import first_input
+from deltaexp.lazy import Layer
+from deltaexp.structure import blocks
+from deltaexp.tree import above, leaf, parent
+
+TOKENS = ("input_ids", "token_type_ids")
+"""Inputs with one number a token on which activations may depend."""
+RANDOM = ("drop", "jitter", "noise")
+"""What is in the names of probabilities and sizes of what is random while training."""
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """The frozen blocks of a backbone."""
+
+    base: Any
+    """The model that takes the tokens and has the blocks."""
+    blocks: nn.ModuleList
+    """All blocks."""
+    depth: int
+    """How many of them are below the lowest delta."""
+    random: str | None
+    """What is random in them, or before them, while training; None where nothing is known to be."""
+
+    def block_inputs(self, tokens: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        """Return what leaves the last frozen block, shape ``(rows, length, dim)``; None where it is no such tensor.
+
+        Args:
+            tokens: The inputs of the model by name: those in `TOKENS` that it is given, and ``attention_mask``.
+        """
+        found: list[Any] = []
+        upper = {str(number): StandIn(self.blocks[number]) for number in range(self.depth, len(self.blocks))}
+        handle = self.blocks[self.depth - 1].register_forward_hook(lambda module, args, output: found.append(output))
+        try:
+            with standing_in(self.blocks, upper), torch.no_grad():
+                self.base(**tokens, **_without_cache(self.base, {}))
+        finally:
+            handle.remove()
+        plain = len(found) == 1 and isinstance(found[0], torch.Tensor) and found[0].shape[:2] == tokens["input_ids"].shape
+        return found[0] if plain and found[0].dim() == 3 else None
+
+
+class StandIn(nn.Module):
+    """What is in a block's place while it is left out: it hands on its first input, or returns known activations.
+
+    Args:
+        block: The block, whose attributes it seems to have.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["block"] = block  # not as a child, which the backbone has already
+        self.known: torch.Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["block"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the activations, shape ``(rows, length, dim)``."""
+        return first_input(args, kwargs) if self.known is None else self.known
+
+
+@contextlib.contextmanager
+def standing_in(container: nn.ModuleList, others: dict[str, StandIn]) -> Iterator[None]:
+    """Within this context other modules are in the places of blocks."""
+    own = {name: container._modules[name] for name in others}
+    container._modules.update(others)
+    try:
+        yield
+    finally:
+        container._modules.update(own)
+
+
+def find(model: Any) -> Frozen | str:
+    """Return the frozen blocks of a backbone with its deltas; if there are none, say in a clause why.
+
+    What goes on from their activations is the innermost model around them that takes tokens. What is trained outside of the
+    blocks must lie behind them, in the order in which the modules were made.
+    """
+    stacks = blocks(model)
+    if len(stacks) != 1:
+        return f"the backbone has {'more than one' if stacks else 'no'} stack of blocks"
+    stack, modules = stacks[0], dict(model.named_modules(remove_duplicate=False))
+    holder = parent(stack[0])
+    container, order = modules[holder], {name: number for number, name in enumerate(modules)}
+    if not isinstance(container, nn.ModuleList) or [leaf(name) for name in stack] != list(container._modules):
+        return "the backbone's blocks are not one list"
+    base = next((name for name in above(holder) if "input_ids" in inspect.signature(modules[name].forward).parameters), None)
+    if base is None:
+        return "no model around the blocks takes tokens"
+    end, depth = max(order[name] for name in modules if _within(name, stack[-1])), len(stack)
+    for name in _changed(modules):
+        number = next((number for number, block in enumerate(stack) if _within(name, block)), None)
+        if number is not None:
+            depth = min(depth, number)
+        elif order[name] < end or _around(name, holder):
+            return f"{name or 'the whole model'}, which lies before or around the blocks, is trained, or something hangs on it"
+    if depth == 0:
+        return "a delta is in the first block"
+    below = [
+        name
+        for name in modules
+        if (order[name] <= end and not any(_within(name, block) for block in stack[depth:]))
+        and (not _around(name, holder) or not base or _within(name, base))
+    ]
+    return Frozen(modules[base], container, depth, _random({name: modules[name] for name in below}))
+
+
+def _within(name: str, outer: str) -> bool:
+    return f"{name}.".startswith(f"{outer}.")
+
+
+def _around(name: str, holder: str) -> bool:
+    return not name or _within(holder, name)
+
+
+def _changed(modules: dict[str, nn.Module]) -> Iterator[str]:
+    """Yield the names of the modules that are trained, that a delta hangs on, or on which there are hooks."""
+    for name, module in modules.items():
+        if isinstance(module, Layer):
+            yield parent(name)
+        elif (
+            any(parameter is not None and parameter.requires_grad for parameter in module._parameters.values())
+            or module._forward_hooks
+            or module._forward_pre_hooks
+        ):
+            yield name
+
+
+def _random(modules: dict[str, nn.Module]) -> str | None:
+    """Return what is random in modules while training, such as ``dropout of 0.1 in embeddings.dropout``; None for nothing."""
+    for name, module in modules.items():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            return f"the statistics of {name}"
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            return f"dropout of {module.p:g} in {name}"
+        for key, value in vars(module).items():
+            if isinstance(value, float) and value > 0 and any(word in key for word in RANDOM):
+                return f"{key} of {value:g} in {name or 'the model'}"
+    return None
+
+
+class Shortcut:
+    """Lets a backbone's forward pass go on from known activations, until `remove`.
+
+    Args:
+        frozen: The frozen blocks.
+        known: Returns what leaves the last of them, shape ``(rows, length, dim)``, given the inputs of the model by name (those
+            in `TOKENS`, and ``attention_mask``); None where it is not known, in which case all is computed.
+        training: Whether also while the backbone is in training mode.
+    """
+
+    def __init__(self, frozen: Frozen, known: Callable[[dict[str, torch.Tensor]], torch.Tensor | None], training: bool) -> None:
+        self.frozen, self.known, self.training = frozen, known, training
+        self.used = 0
+        """How many forward passes have gone on from known activations."""
+        self._others = {str(number): StandIn(frozen.blocks[number]) for number in range(frozen.depth)}
+        self._open: contextlib.ExitStack | None = None
+        base = frozen.base
+        self._handles = [
+            base.register_forward_pre_hook(self._enter, with_kwargs=True),
+            base.register_forward_hook(self._leave, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """Let the backbone compute everything again."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _enter(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        if module.training and not self.training:
+            return None
+        named = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
+        given = {name: value for name, value in named.items() if value is not None and value is not False}
+        if "input_ids" not in given or not given.keys() <= {*TOKENS, "attention_mask", "return_dict"}:
+            return None
+        activations = self.known({name: given[name] for name in (*TOKENS, "attention_mask") if name in given})
+        if activations is None:
+            return None
+        self.used += 1
+        self._others[str(self.frozen.depth - 1)].known = activations
+        self._open = contextlib.ExitStack()
+        self._open.enter_context(standing_in(self.frozen.blocks, self._others))
+        return (), {**named, **_without_cache(module, named)}
+
+    def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if self._open is not None:
+            self._open.close()
+            self._open = None
+            self._others[str(self.frozen.depth - 1)].known = None
+
+
+def _without_cache(model: Any, given: dict[str, Any]) -> dict[str, bool]:
+    """Return the input that keeps a decoder from collecting keys and values, of which those of some blocks would be missing."""
+    takes = "use_cache" in inspect.signature(model.forward).parameters
+    return {"use_cache": False} if takes and given.get("use_cache") is None else {}
