@@ -17,7 +17,7 @@ from deltaexp import AutoDeltaModel
 from deltaexp.checksum import model_sha256
 from deltaexp.digest_cache import model_digests
 from deltaexp.errors import ConfigError
-from deltaexp.lab import backbones, plan, schema, training
+from deltaexp.lab import backbones, blueprint, plan, schema, shortcuts, training
 from deltaexp.lab.checkpoints import Checkpoints
 from deltaexp.lab.shortcuts import Shortcuts
 from deltaexp.lab.tasks import data as task_data
@@ -50,7 +50,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def words(backbone: Path, rows: Path, *more: str) -> list[str]:
     found = ["delta_type=lora", "layers=last:1", "lora_dropout=0", "backbone=local", f"backbone.source={backbone}", "task=sst2"]
-    found += [f"task.data={rows}", "trainer.batch_size=8", "trainer.cpu=true", "trainer.progress=false", "trainer.max_steps=14"]
+    found += [f"task.data={rows}", "trainer.batch_size=8", "trainer.cpu=true", "trainer.progress=false", "trainer.max_steps=8"]
     return [*found, "trainer.learning_rate=1e-2", *more]
 
 
@@ -116,23 +116,33 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
 ACCUMULATED = ("trainer.gradient_accumulation_steps=3", "trainer.batch_size=4")
 
 
-@pytest.mark.parametrize("more", [(), ACCUMULATED, ("trainer.group_by_length=true",)], ids=["plain", "accumulated", "grouped"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        pytest.param(ACCUMULATED, marks=pytest.mark.slow),
+        pytest.param(("trainer.group_by_length=true",), marks=pytest.mark.slow),
+    ],
+    ids=["plain", "accumulated", "grouped"],
+)
 def test_the_same_weights(train: Train, more: tuple[str, ...]) -> None:
     measured, short = train(*more)
     assert short.shortcut is not None
     assert short.shortcut.training
     assert short.first_token is not None
-    assert short.shortcut.used >= 14
+    assert short.shortcut.used >= 8
     expected, none = train(*more, "trainer.shortcuts=off")
     assert none.facts()["told"] == ["all is computed in every step: trainer.shortcuts=off"]
     same(measured, expected)
 
 
+@pytest.mark.slow
 def test_the_same_bytes_after_an_interruption(train: Train) -> None:
     _, short = train("trainer.save_every=5", resumed=True)
     assert short.shortcut is not None
 
 
+@pytest.mark.slow
 def test_a_language_model(train: Train, tmp_path: Path) -> None:
     llama = small.llama(tmp_path / "llama")
     more = ("trainer.max_steps=6", "task.max_source_length=64")
@@ -151,6 +161,7 @@ def test_where_something_is_random_only_evaluations_are_cut_short(train: Train, 
     assert all(torch.equal(measured[name], value) for name, value in expected.items())
 
 
+@pytest.mark.slow
 def test_bounds(train: Train) -> None:
     _, short = train("trainer.activation_cache=0.00002", "trainer.max_steps=6")
     assert "would take" in " ".join(short.told)
@@ -170,13 +181,15 @@ def test_config() -> None:
 
 
 def test_plan(calm: Path, small_bert: Path, rows: Path) -> None:
-    def remarks(backbone: Path, *more: str) -> str:
-        return " ".join(plan.make(*schema.composed(words(backbone, rows, *more))).remarks)
+    def told(backbone: Path, *more: str) -> str:
+        config, delta_config = schema.composed(words(backbone, rows, *more))
+        drawn = blueprint.make(config.backbone, config.task)
+        return " ".join(shortcuts.planned(config, plan.attach(config, delta_config, drawn)))
 
-    assert "What the lowest 1 of 2 blocks make of a text is computed once" in remarks(calm)
-    assert "for evaluations only, as there is dropout of 0.1 in bert.embeddings.dropout" in remarks(small_bert)
-    assert "a delta is in the first block" in remarks(calm, "layers=null")
-    assert "trainer.shortcuts=off" in remarks(calm, "trainer.shortcuts=off")
+    assert "What the lowest 1 of 2 blocks make of a text is computed once" in told(calm)
+    assert "for evaluations only, as there is dropout of 0.1 in bert.embeddings.dropout" in told(small_bert)
+    assert "a delta is in the first block" in told(calm, "layers=null")
+    assert "trainer.shortcuts=off" in told(calm, "trainer.shortcuts=off")
 
 
 @pytest.mark.slow
