@@ -56,15 +56,16 @@ class Texts:
         names = tuple(name for name in TOKENS if name in features.column_names)
         found = cls([], names)
         seen: set[bytes] = set()
-        for columns in zip(*(features[name] for name in names), strict=True):
-            several = bool(columns[0]) and isinstance(columns[0][0], (list, tuple))
-            for row in zip(*columns, strict=True) if several else (columns,):
-                values = tuple(np.asarray(part, dtype=np.int32) for part in row)
-                name = key(values)
-                if name not in seen and len(values[0]):
-                    seen.add(name)
-                    found.rows.append(values)
-                    found.keys.append(name)
+        for batch in features.select_columns(list(names)).iter(1000):
+            for columns in zip(*(batch[name] for name in names), strict=True):
+                several = bool(columns[0]) and isinstance(columns[0][0], list)
+                for row in zip(*columns, strict=True) if several else (columns,):
+                    values = tuple(np.asarray(part, dtype=np.int32) for part in row)
+                    name = key(values)
+                    if name not in seen and len(values[0]):
+                        seen.add(name)
+                        found.rows.append(values)
+                        found.keys.append(name)
         return found
 
     def digest(self) -> str:

@@ -277,9 +277,11 @@ class Shortcuts:
                     continue
             elif isinstance(self.trainer.kind, Text) and not isinstance(self.trainer.kind, Ranking):
                 continue  # what is measured are generated texts
-            texts = Texts.of(split.features)
-            needed = texts.tokens * self._width * self._dtype.itemsize
-            if needed > left:
+            # Rows that are there twice count twice, so that of too many no more than their lengths is looked at.
+            bytes_each, rows = self._width * self._dtype.itemsize, sum(split.lengths or [])
+            texts = Texts.of(split.features) if rows * bytes_each <= left else None
+            needed = (rows if texts is None else texts.tokens) * bytes_each
+            if texts is None or needed > left:
                 training = training and name != "train"
                 self.told.append(
                     f"no activations are kept for {name}: they would take {needed / 2**30:.3g} GiB, and "

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from measure import in_turns, ratio, summary
 from rich.console import Console
 from rich.table import Table
@@ -91,16 +92,7 @@ def batches(rows: int) -> tuple[list[dict[str, torch.Tensor]], Texts]:
     labels = torch.randint(0, shape.classes, (rows,), generator=generator)
     parts = zip(ids.split(shape.rows), labels.split(shape.rows), strict=True)
     made = [{"input_ids": i, "attention_mask": torch.ones_like(i), "labels": label} for i, label in parts]
-
-    class Features:
-        """Rows as `Texts` reads them."""
-
-        column_names = ("input_ids",)
-
-        def __getitem__(self, name: str) -> list[list[int]]:
-            return ids.tolist()
-
-    return made, Texts.of(Features())
+    return made, Texts.of(Dataset.from_dict({"input_ids": ids.tolist()}))
 
 
 def main() -> None:
