@@ -174,8 +174,8 @@ class Folder:
     def get(
         self, name: Mapping[str, Any], shape: tuple[int, int], dtype: torch.dtype,
         values: Callable[[], Iterator[tuple[int, torch.Tensor]]],
-    ) -> tuple[torch.Tensor, bool]:  # fmt: skip
-        """Return activations that are kept under a name, made now where there are none, and whether they were.
+    ) -> torch.Tensor:  # fmt: skip
+        """Return activations that are kept under a name, made now where there are none.
 
         Of several processes that want the same at once, one makes them while the others wait.
 
@@ -194,12 +194,11 @@ class Folder:
         size = shape[0] * shape[1] * dtype.itemsize
         self.path.mkdir(parents=True, exist_ok=True)
         with self._lock(digest):
-            made = not (place.is_file() and place.stat().st_size == size)
-            if made:
+            if not (place.is_file() and place.stat().st_size == size):
                 self._make(place, size, shape, dtype, values)
             with contextlib.suppress(OSError):
                 os.utime(place.parent)
-            return _mapped(place, shape, dtype), made
+            return _mapped(place, shape, dtype)
 
     def _make(self, place: Path, size: int, shape: Any, dtype: torch.dtype, values: Callable[[], Iterator[Any]]) -> None:
         self._clear(size)

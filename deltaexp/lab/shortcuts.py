@@ -293,7 +293,7 @@ class Shortcuts:
             name_of = {**self._depends(found), "texts": texts.digest()}
             with processes.main_first():
                 try:
-                    values, made = folder.get(name_of, (texts.tokens, self._width), self._dtype, self._made_of(found, texts))
+                    values = folder.get(name_of, (texts.tokens, self._width), self._dtype, self._made_of(found, texts))
                 except OSError as error:
                     training = training and name != "train"
                     self.told.append(f"no activations are kept for {name}: {error.strerror or error}")
@@ -301,10 +301,7 @@ class Shortcuts:
             left -= needed
             self.kept[name] = needed
             known.add(texts, values)
-            self.told.append(
-                f"what {_blocks(found)} make of {name} is {'computed once' if made else 'there from another run'}, "
-                f"{needed / 2**20:.1f} MiB"
-            )
+            self.told.append(f"what {_blocks(found)} make of {name} is kept, {needed / 2**20:.1f} MiB")
         if self.kept:
             self.shortcut = Shortcut(found, known.find, training)
 

@@ -69,7 +69,7 @@ class Contender:
         assert isinstance(found, Frozen), found
         assert found.random is None
         self.model.eval()
-        values, _ = folder.get(
+        values = folder.get(
             {"depth": found.depth}, (texts.tokens, self.model.config.hidden_size), torch.float32,
             lambda: computed(texts, found.block_inputs, torch.device("cpu")),
         )  # fmt: skip
