@@ -200,12 +200,11 @@ def _train(
                 measured = ["before", plain, data.fingerprint, config.task, kind.cache_key(), config.backbone, precision]
                 measured += [config.trainer.eval_batch_size, config.trainer.cpu]
                 before = shared.once(measured, functools.partial(training.evaluate, trainer, final))
-        # What comes to the same is left out from here on.
         short = shortcuts.Shortcuts(config, trainer, ["train", "validation", data.evaluated], base)
         with clock.phase("shortcuts", "finding out what need not be computed"):
             short.begin()
-        for line in short.told:
-            console.print(f"  {line}", markup=False)
+            speed.callback(short.end)
+        console.print(*(f"  {line}" for line in short.told), sep="\n", markup=False)
         memory, peak = PeakMemory(), notes.get("peak", {})
         trainer.notes = lambda: {
             "before": before,
@@ -232,7 +231,6 @@ def _train(
             with clock.phase("validate", "evaluating with the delta on validation"):
                 metrics["validation"] = training.evaluate(trainer, splits["validation"])
 
-        short.end()
         trainer.unwrap()
         speed.close()
         if not processes.is_main():

@@ -316,7 +316,7 @@ class Shortcuts:
             "precision": [str(self._dtype), str(self._mixed), torch.get_float32_matmul_precision()],
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "threads": torch.get_num_threads(),
-            "speed": dataclasses.asdict(speed.settings),
+            "speed": [self.config.trainer.speed, dataclasses.asdict(speed.settings)],
             "versions": [torch.__version__, transformers.__version__],
             "code": inspect.getsource(frozen) + inspect.getsource(activations),
         }
