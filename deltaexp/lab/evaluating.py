@@ -104,10 +104,9 @@ def evaluate(asked: Asked, console: Console | None = None) -> dict[str, Any]:
                     with delta_model.detached():
                         base = _measured(trainer, features, asked, "baseline")
                 base_tensors = model_digests(backbone.model, delta_model.base_tensors())
-                short = Shortcuts(one.config, trainer, ["test"], model_sha256(base_tensors))
-                short.begin()
-                metrics = _measured(trainer, features, asked, name)
-                short.end()
+                with Shortcuts(one.config, trainer, ["test"], model_sha256(base_tensors)) as short:
+                    short.begin()
+                    metrics = _measured(trainer, features, asked, name)
         if digest(backbone) != before:
             raise DeltaExpError(
                 f"The backbone is not the one that it was before {one.place!r} was attached and detached. This is a fault of "

@@ -200,10 +200,9 @@ def _train(
                 measured = ["before", plain, data.fingerprint, config.task, kind.cache_key(), config.backbone, precision]
                 measured += [config.trainer.eval_batch_size, config.trainer.cpu]
                 before = shared.once(measured, functools.partial(training.evaluate, trainer, final))
-        short = shortcuts.Shortcuts(config, trainer, ["train", "validation", data.evaluated], base)
+        short = speed.enter_context(shortcuts.Shortcuts(config, trainer, ["train", "validation", data.evaluated], base))
         with clock.phase("shortcuts", "finding out what need not be computed"):
             short.begin()
-            speed.callback(short.end)
         console.print(*(f"  {line}" for line in short.told), sep="\n", markup=False)
         memory, peak = PeakMemory(), notes.get("peak", {})
         trainer.notes = lambda: {

@@ -92,7 +92,7 @@ def _blocks(found: Frozen) -> str:
 
 
 class Shortcuts:
-    """The shortcuts of a run, or of an evaluation, from `begin` to `end`.
+    """The shortcuts of a run, or of an evaluation: from `begin` on, until the context that this is ends.
 
     Args:
         config: Its config.
@@ -150,7 +150,10 @@ class Shortcuts:
         if isinstance(found, str):
             self.told.append(f"no activations are kept: {found}")
 
-    def end(self) -> None:
+    def __enter__(self) -> Shortcuts:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Leave nothing out any more."""
         for one in (self.shortcut, self.first_token):
             if one is not None:

@@ -89,10 +89,9 @@ def train(tmp_path: Path, calm: Path, rows: Path) -> Train:
             seeds = {"init": 1, "data": 1, "dropout": 1}
             trainer = training.build(config.trainer, delta_model, kind, kind.splits(data), saved, seeds, [aside])
             base = model_sha256(model_digests(backbone.model, delta_model.base_tensors()))
-            short = Shortcuts(config, trainer, ["train", "validation"], base)
-            short.begin()
-            trainer.train_from(checkpoint)
-            short.end()
+            with Shortcuts(config, trainer, ["train", "validation"], base) as short:
+                short.begin()
+                trainer.train_from(checkpoint)
             return values(delta_model.trainable_parameters()), short
 
         result = session(None)
