@@ -6,6 +6,7 @@ from models import FAMILIES, attach
 from torch import nn
 
 from deltaexp.casting import CAST, kept
+from deltaexp.low_rank import _linear
 from deltaexp.speed import configured
 
 
@@ -36,6 +37,15 @@ def test_kept_casts_compute_what_autocast_does(family: str, fused: bool) -> None
         assert (one - other).norm() <= 0.02 * other.norm() + 1e-9
     assert [type(module) for module in backbone.modules()] == classes
     assert not any(CAST in p.__dict__ for p in backbone.parameters())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_map_in_half_precision_is_that_of_pytorch(bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, b = (torch.randn(shape, generator=generator).bfloat16() for shape in ((2, 5, 40), (24, 40), (24,)))
+    for one in (weight, weight.T.contiguous().T):
+        own = _linear(x, one, b if bias else None)
+        assert torch.equal(own, nn.functional.linear(x, one, b if bias else None))
 
 
 def test_a_weight_that_changes_is_cast_anew() -> None:
