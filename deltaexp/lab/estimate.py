@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from deltaexp.lab.as_on_gpu import as_on_gpu, widened
 from deltaexp.model import DeltaModel
 
 aten = torch.ops.aten
@@ -137,61 +137,6 @@ class Held(TorchDispatchMode):
         kind, size, _ = self._known.pop(key)
         self.bytes[kind] -= size
         self._now -= size
-
-
-WIDE = ("layer_norm", "group_norm", "softmax", "log_softmax")
-"""Functions that autocast computes in float32 on a GPU (https://docs.pytorch.org/docs/stable/amp.html) and not on the CPU."""
-
-
-@contextlib.contextmanager
-def as_on_gpu(autocast: bool) -> Iterator[None]:
-    """Within this context tensors on the CPU are computed as on a GPU, where PyTorch chooses other operations there.
-
-    They are attention (kernels without a matrix of scores also under dropout), dropout (a mask of bytes) and those that
-    autocast does in float32. The functions are exchanged: a mode would not be there when activations are computed again.
-    """
-    found = {"scaled_dot_product_attention": _attention, "dropout": _dropout}
-    found |= {name: _wide(getattr(functional, name)) for name in WIDE if autocast}
-    before = {name: getattr(functional, name) for name in found}
-    try:
-        for name, function in found.items():
-            setattr(functional, name, function)
-        yield
-    finally:
-        for name, function in before.items():
-            setattr(functional, name, function)
-
-
-def _wide(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    def widened(*args: Any, **kwargs: Any) -> torch.Tensor:
-        with torch.autocast("cpu", enabled=False):
-            return function(*tree_map_only(torch.Tensor, _widened, args), **tree_map_only(torch.Tensor, _widened, kwargs))
-
-    return widened
-
-
-def _widened(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor
-
-
-def _attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None, dropout_p: float = 0.0,
-    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
-) -> torch.Tensor:  # fmt: skip
-    if enable_gqa and key.shape[-3] != query.shape[-3]:
-        key, value = (t.repeat_interleave(query.shape[-3] // key.shape[-3], -3) for t in (key, value))
-    if attn_mask is not None:
-        if attn_mask.dtype == torch.bool:
-            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, float("-inf"))
-        attn_mask = attn_mask.to(query.dtype).expand(*query.shape[:-1], key.shape[-2])
-    grad = torch.is_grad_enabled()
-    return aten._scaled_dot_product_efficient_attention(query, key, value, attn_mask, grad, dropout_p, is_causal, scale=scale)[
-        0
-    ]
-
-
-def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
-    return torch.native_dropout(input, p, True)[0] if training and p > 0 else input
 
 
 def _flash_flops(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
@@ -369,7 +314,7 @@ class Dry:
         if logits is not None:
             held.note(logits, LOGITS)
             if how.autocast:  # accelerate hands on what is computed in half precision as float32
-                _widened(logits)
+                widened(logits)
         return loss
 
 
