@@ -135,8 +135,16 @@ def _separately(
     factors: Sequence[torch.Tensor],
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor | None]]:
     """Return the output, ``x A^T`` of every update, and what each has dropped."""
-    out = _linear(x, weight, bias)
     flat = _rows(x)
+    if len(updates) == 1 and factors[1].dim() == 3 and updates[0].part is None and not updates[0].dropout:
+        down, up = factors
+        if x.device.type == "cpu" and up.dtype == weight.dtype == torch.float32 and flat.numel():
+            # The product with W is added to the rest, which comes in the place of copies of the bias.
+            z, right = _inner(flat, down), up.mT.contiguous()
+            rest = (z * updates[0].scale) @ right if bias is None else torch.baddbmm(bias, z, right, alpha=updates[0].scale)
+            out = rest.view(len(flat), len(weight)).addmm_(flat, weight.T)
+            return out.view(*x.shape[:-1], len(weight)), [z], [None]
+    out = _linear(x, weight, bias)
     matrix = out.view(len(flat), out.shape[-1])
     inner: list[torch.Tensor] = []
     masks: list[torch.Tensor | None] = []
