@@ -1,10 +1,11 @@
 """Measure how long a sweep takes beside the same runs as commands of their own, and compare their deltas byte by byte.
 
-    python scripts/sweep_speed.py [--types lora,adapter] [--seeds 1,2,3] [--steps 60] [--json FILE] [KEY=VALUE ...]
+    python scripts/sweep_speed.py [--types lora,adapter] [--seeds 1,2,3] [--steps 60] [--launcher joblib] [KEY=VALUE ...]
 
 All train on the embedded backbone. One half of the single commands is run before the sweep and one half after it, so that what
 else the machine does at some time weighs on both. Each side has a cache of its own, which is empty at first. CPU seconds are
-those of all threads; they tell more than wall time where other work goes on.
+those of all threads; they tell more than wall time where other work goes on. With a launcher the sweep is executed in several
+processes: set OMP_NUM_THREADS=1, for sums are rounded otherwise by another number of threads.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument("--types", default=TYPES)
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--launcher", help="of the sweep, such as joblib; by default one process does all")
     parser.add_argument("--json", type=Path)
     parser.add_argument("words", nargs="*", help="other keys of the runs")
     options = parser.parse_args()
@@ -72,6 +74,7 @@ def main() -> None:
 
         alone(each[: len(each) // 2])
         words = ["-m", *common, f"delta_type={options.types}", f"seed={options.seeds}", f"hydra.sweep.dir={folder / 'sweep'}"]
+        words += [f"hydra/launcher={options.launcher}"] if options.launcher else []
         sweep = command(words, folder / "cache2")
         alone(each[len(each) // 2 :])
         inside = {(t, s): next((folder / "sweep").glob(f"{t}-seed{s}-*")) / "delta" for t, s in each}
