@@ -44,12 +44,12 @@ def show(console: Console, shape: str, group: str, found: dict[str, Any], peaks:
 
 
 def targets(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return what is to be reached, each with the figure that was measured, which is held against it to two decimals."""
+    """Return what is to be reached, each with the figure that was measured."""
     lines: list[dict[str, Any]] = []
 
     def hold(what: str, value: float | None, most: float) -> None:
         if value is not None:
-            met = round(value, 2) <= most
+            met = value <= most
             lines.append(
                 {"text": f"{'met' if met else 'NOT met'}: {what}: {value:.3f} (at most {most})", "value": value, "met": met}
             )
@@ -63,7 +63,7 @@ def targets(results: dict[str, Any]) -> list[dict[str, Any]]:
         for kind in ("q,v", "all"):
             theirs, mine = _best(low, f"lora {kind}", "peft"), _best(low, f"lora {kind}", "deltaexp")
             if theirs and mine:
-                most = 0.67 if shape == "minilm" else 1.0
+                most = 0.667 if shape == "minilm" else 1.0
                 hold(f"{shape}: bf16 LoRA {kind} against PEFT's best bf16 setting", _of(mine, theirs), most)
         default, auto = low.get("PEFT LoRA all: its default, fp32"), low.get("LoRA all: speed=auto")
         if default and auto:
