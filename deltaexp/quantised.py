@@ -27,6 +27,8 @@ GUARDED = "_deltaexp_bias"
 
 def library(tensor: torch.Tensor | None) -> str | None:
     """Return the library in whose format a weight is quantised; None for one that is not."""
+    if type(tensor) in (torch.Tensor, nn.Parameter):  # the compiler cannot look into what follows
+        return None
     names = {kind.__module__.partition(".")[0] for kind in type(tensor).__mro__}
     found = next((name for name in LIBRARIES if name in names), None)
     if found == "bitsandbytes" and tensor is not None and tensor.is_floating_point():
