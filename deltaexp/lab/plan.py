@@ -70,6 +70,8 @@ class Plan:
     """By device, ``cpu`` and ``gpu``; empty where it cannot be told."""
     flops: dict[str, int] = field(default_factory=dict)
     """Of a step's ``forward`` and ``backward`` pass, of the ``step``, and of the ``run`` where its steps are known."""
+    left_out: list[str] = field(default_factory=list)
+    """Sentences on what is computed once, or not at all, because it would come to the same."""
     remarks: list[str] = field(default_factory=list)
     """What is odd, assumed or not known."""
     seconds: float = 0.0
@@ -126,7 +128,7 @@ def make(config: RunConfig, delta_config: DeltaConfig, sizes: Sizes | None = Non
     )
     if batch.get("choices") and len(config.task.choices) < 2:
         plan.remarks.append(f"How many answers a row has to choose from is read from the data: {costs.CHOICES} are assumed.")
-    plan.remarks += shortcuts.planned(config, delta_model)
+    plan.left_out = shortcuts.planned(config, delta_model)
     found = costs.find(config.trainer, delta_model, drawn, batch)
     plan.memory, plan.flops = found.memory, found.flops
     if plan.flops and plan.steps:
@@ -275,7 +277,7 @@ def show(plan: Plan, console: Console | None = None) -> None:
         console.print(table)
     if plan.new:
         console.print(f"new, trained and saved with the delta: {listing(plan.new)}", markup=False)
-    for line in [*_sentences(plan), *plan.remarks]:
+    for line in [*_sentences(plan), *plan.left_out, *plan.remarks]:
         console.print(line, markup=False)
     console.print(
         f"Found out in {plan.seconds:.1f} s, without weights. {plan.price.replace('say so', 'notice a typo in the names')}",

@@ -82,7 +82,7 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in own:
                 kept[storage.data_ptr()] = storage  # holding it keeps its address from being given to another
-        return tensor
+        return tensor.detach()  # an operation's own output would lead back to it, in a circle that nothing frees
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = forward()
