@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 
 from deltaexp.digest_cache import cache_dir
 from deltaexp.frozen import TOKENS
@@ -193,7 +192,7 @@ class Folder:
         place = self.path / digest / FILE
         size = shape[0] * shape[1] * dtype.itemsize
         self.path.mkdir(parents=True, exist_ok=True)
-        with self._lock(digest):
+        with writing.locked(self.path / f".{digest}.lock"):
             if not (place.is_file() and place.stat().st_size == size):
                 self._make(place, size, shape, dtype, values)
             with contextlib.suppress(OSError):
@@ -235,20 +234,6 @@ class Folder:
             if total > self.limit and old.name not in self.used:
                 shutil.rmtree(old, ignore_errors=True)
                 total -= size
-
-    @contextlib.contextmanager
-    def _lock(self, digest: str) -> Iterator[None]:
-        lock = FileLock(self.path / f".{digest}.lock")
-        held = True
-        try:
-            lock.acquire()
-        except NotImplementedError:  # a file system without locks
-            held = False
-        try:
-            yield
-        finally:
-            if held:
-                lock.release()
 
 
 def _mapped(path: Path, shape: tuple[int, int], dtype: torch.dtype, write: bool = False) -> torch.Tensor:

@@ -22,13 +22,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 import deltaexp
 from deltaexp import __version__, registry
 from deltaexp.errors import CheckpointError, DeltaExpError, InterruptedRunError, RunError, RunningElsewhereError, listing
 from deltaexp.lab.config import RunConfig
-from deltaexp.lab.writing import write_whole
+from deltaexp.lab.writing import locked, write_whole
 from deltaexp.registry import DeltaConfig
 
 RECORD, LOCK, DELTA, CHECKPOINTS = "run.json", ".run.lock", "delta", "checkpoints"
@@ -195,24 +193,10 @@ def claim(folder: Path, config: dict[str, Any], resume: bool) -> Iterator[Claim]
         yield Claim(folder, record, continued=old is not None, finished=target.exists())
 
 
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run's folder, which the system releases when the process ends, however it ends."""
-    lock = FileLock(folder / LOCK, timeout=0)
-    held = True
-    try:
-        lock.acquire()
-    except Timeout:
-        raise RunningElsewhereError(
-            f"The run in {str(folder)!r} is still going on, in another process. Wait for it, or start another run elsewhere."
-        ) from None
-    except NotImplementedError:  # a file system without locks
-        held = False
-    try:
-        yield
-    finally:
-        if held:
-            lock.release()
+def _lock(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Hold the lock of a run's folder."""
+    text = f"The run in {str(folder)!r} is still going on, in another process. Wait for it, or start another run elsewhere."
+    return locked(folder / LOCK, RunningElsewhereError(text))
 
 
 def busy(folder: Path) -> bool:
@@ -245,10 +229,7 @@ def find(parent: Path, config: dict[str, Any]) -> tuple[Path | None, bool]:
             if record is not None and record.fingerprint == fingerprint:
                 runs.append((not (path.parent / DELTA).exists(), record.started, path.parent))
     for unfinished, _, folder in sorted(runs, reverse=True):
-        with contextlib.suppress(RunError):
-            if unfinished:
-                with _lock(folder):
-                    pass
+        if not (unfinished and busy(folder)):
             return folder, not unfinished
     return None, False
 

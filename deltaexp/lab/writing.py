@@ -1,12 +1,17 @@
-"""Files that are written whole or not at all. Nothing in this module imports torch."""
+"""Files that are written whole or not at all, and by one process at a time. Nothing in this module imports torch."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
+
+from filelock import FileLock, Timeout
+
+from deltaexp.errors import DeltaExpError
 
 
 def write_whole(path: Path, fill: Callable[[IO[str]], Any]) -> None:
@@ -24,6 +29,26 @@ def write_whole(path: Path, fill: Callable[[IO[str]], Any]) -> None:
         Path(stage).unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+@contextlib.contextmanager
+def locked(path: Path, otherwise: DeltaExpError | None = None) -> Iterator[None]:
+    """Hold a lock within this context, which the system releases when the process ends, however it ends.
+
+    On a file system that has no locks nothing is held.
+
+    Args:
+        path: The lock's file, whose folder must be there.
+        otherwise: What to raise where another process holds it; if not given, wait for that one.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(NotImplementedError):
+            try:
+                stack.enter_context(FileLock(path, timeout=-1 if otherwise is None else 0))
+            except Timeout:
+                assert otherwise is not None
+                raise otherwise from None
+        yield
 
 
 def sync(path: Path) -> None:

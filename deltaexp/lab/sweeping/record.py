@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from deltaexp.errors import RunError
-from deltaexp.lab.writing import write_whole
+from deltaexp.lab.writing import locked, write_whole
 
 FILE, LOCK = "sweep.json", ".sweep.lock"
 FORMAT = 1
@@ -66,7 +63,7 @@ def begin(folder: str | Path, command: str, overrides: Iterable[str], jobs: Iter
         RunError: If there is a record that cannot be understood.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with locked(Path(folder, LOCK)):
         for stage in Path(folder).glob(f".{FILE}.*"):  # of a process that was killed while it wrote
             stage.unlink(missing_ok=True)
         old = read(folder)
@@ -77,7 +74,7 @@ def begin(folder: str | Path, command: str, overrides: Iterable[str], jobs: Iter
 
 def update(folder: str | Path, entry: Entry) -> None:
     """Write down what is known of one job now."""
-    with _locked(folder):
+    with locked(Path(folder, LOCK)):
         path = Path(folder, FILE)
         head = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"command": "", "overrides": []}
         _write(folder, {key: head[key] for key in ("command", "overrides")}, {**read(folder), entry.identity: entry})
@@ -87,18 +84,3 @@ def _write(folder: str | Path, head: Mapping[str, Any], entries: Mapping[str, En
     values = {"format": FORMAT, **head, "jobs": [dataclasses.asdict(entry) for entry in entries.values()]}
     text = json.dumps(values, indent=2, ensure_ascii=False, default=str) + "\n"
     write_whole(Path(folder, FILE), lambda file: file.write(text))
-
-
-@contextmanager
-def _locked(folder: str | Path) -> Iterator[None]:
-    """Keep other processes from writing the record meanwhile, on file systems that have locks."""
-    lock = FileLock(Path(folder, LOCK))
-    try:
-        lock.acquire()
-    except NotImplementedError:
-        yield
-        return
-    try:
-        yield
-    finally:
-        lock.release()

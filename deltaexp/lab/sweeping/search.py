@@ -6,16 +6,14 @@ is measured on it, over seeds of its own (``hydra.sweeper.final_seeds``).
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
@@ -25,7 +23,7 @@ from deltaexp.lab import recovery, schema
 from deltaexp.lab.sweeping import design, grid, record, space, sweep
 from deltaexp.lab.sweeping.job import Job
 from deltaexp.lab.sweeping.study import Method, Study, Trial, place
-from deltaexp.lab.writing import write_whole
+from deltaexp.lab.writing import locked, write_whole
 
 SUMMARY, TRIALS, FINAL, LOCK = "search.json", "trials", "final", ".search.lock"
 
@@ -61,6 +59,7 @@ def search(config: DictConfig, launcher: Any, arguments: Sequence[str], options:
     Raises:
         ConfigError: If something cannot be searched; nothing has begun then.
         SweepError: If a study ended without a trial that went to the end, or one of the final runs failed.
+        RunError: If another process is at the same search.
     """
     search_path = sweep.searched(config)
     own = [word for word in config.hydra.overrides.hydra if word != "hydra.mode=MULTIRUN"]  # which -m adds
@@ -75,28 +74,10 @@ def search(config: DictConfig, launcher: Any, arguments: Sequence[str], options:
     for note in notes:
         console.print(note, markup=False)
     command = grid.as_typed(words, search_path)
-    with _alone(folder):
-        _search(planned, folder, launcher, console, command, words, options, search_path)
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keep other processes from the same search, whose trials two could not share.
-
-    Raises:
-        RunError: If one is at it.
-    """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK, timeout=0)
-    with contextlib.suppress(NotImplementedError):  # a file system without locks
-        try:
-            lock.acquire()
-        except Timeout:
-            raise RunError(f"The search in {str(folder)!r} is still going on, in another process.") from None
-    try:
-        yield
-    finally:
-        lock.release()
+    elsewhere = RunError(f"The search in {str(folder)!r} is still going on, in another process.")
+    with locked(folder / LOCK, elsewhere):  # two processes could not share the trials
+        _search(planned, folder, launcher, console, command, words, options, search_path)
 
 
 def _search(
