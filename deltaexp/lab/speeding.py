@@ -2,8 +2,9 @@
 
 On a CPU that multiplies matrices of bfloat16 that is mixed precision, as by ``trainer.precision=bf16``, with two changes that
 are exact to its rounding: casts of frozen weights are kept (`deltaexp.casting`), and attention is computed by plain products,
-the backward pass of which is faster (`deltaexp.half_attention`). The choice goes by the config and by what the hardware says
-that it can do, never by a measurement, so that it is the same every time. What is set explicitly is kept.
+the backward pass of which is faster (`deltaexp.half_attention`). On every CPU freed memory is kept for the next step, where the
+C library can do so (`deltaexp.lab.memory`). The choice goes by the config and by what the hardware says that it can do, never
+by a measurement, so that it is the same every time. What is set explicitly is kept.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from deltaexp import casting, half_attention, quantised
-from deltaexp.lab import arguments, processes
+from deltaexp.lab import arguments, memory, processes
 from deltaexp.lab.config import RunConfig, TrainerConfig
 
 
@@ -31,6 +32,8 @@ class Choice:
     """Whether casts of frozen weights are kept."""
     attention: bool = False
     """Whether attention is computed by `deltaexp.half_attention`."""
+    memory: bool = False
+    """Whether freed memory is kept for the next step, which no result depends on."""
     reasons: tuple[str, ...] = ()
     """What was chosen and why; nothing where nothing was to be chosen."""
 
@@ -38,7 +41,8 @@ class Choice:
         """Return what was chosen, for JSON."""
         return {
             "asked": self.trainer.speed, "precision": self.trainer.precision, "optimizer": self.trainer.optimizer,
-            "kept_casts": self.casts, "attention_by_products": self.attention, "reasons": list(self.reasons),
+            "kept_casts": self.casts, "attention_by_products": self.attention, "kept_memory": self.memory,
+            "reasons": list(self.reasons),
         }  # fmt: skip
 
     @property
@@ -72,7 +76,7 @@ def choose(config: RunConfig, model: Any) -> Choice:
         return Choice(trainer, reasons=(f"nothing is chosen for {what}: all is as with trainer.speed=off",))
     gpu = torch.cuda.is_available() and not trainer.cpu
     reasons: list[str] = []
-    casts = attention = False
+    casts = attention = kept = False
     if gpu:
         reasons.append(f"{trainer.precision} and attention as with trainer.speed=off, which are for a GPU already")
     else:
@@ -88,10 +92,13 @@ def choose(config: RunConfig, model: Any) -> Choice:
                 reasons.append("attention by plain products (sdpa's backward pass is slow in bf16)")
             elif config.backbone.attention:
                 reasons.append(f"attention {config.backbone.attention}, as set")
+        kept = memory.reusable()
+        if kept:
+            reasons.append("freed memory is kept for the next step")
     if trainer.optimizer == "adamw":
         trainer = dataclasses.replace(trainer, optimizer="adamw_fused")
         reasons.append("AdamW fused, the same to rounding")
-    return Choice(trainer, casts, attention, tuple(reasons))
+    return Choice(trainer, casts, attention, kept, tuple(reasons))
 
 
 def _precision(config: RunConfig, trainer: TrainerConfig, model: Any) -> tuple[TrainerConfig, str]:
@@ -110,6 +117,8 @@ def _precision(config: RunConfig, trainer: TrainerConfig, model: Any) -> tuple[T
 def applied(choice: Choice, model: Any) -> Iterator[None]:
     """Within this context a model computes as was chosen; afterwards it is what it was."""
     with contextlib.ExitStack() as stack:
+        if choice.memory:
+            stack.enter_context(memory.reused())
         if choice.casts:
             stack.enter_context(casting.kept(model))
         if choice.attention:

@@ -4,12 +4,13 @@
 
 As in ``run.py``: LoRA of rank 8 on all linear maps, a forward and a backward pass, all contenders in turns within one process,
 with one thread, ratios round by round. ``auto`` is chosen and applied by `deltaexp.lab.speeding`, as a run does it; "bf16
-weights" is the same with ``backbone.dtype=bfloat16``.
+weights" is the same with ``backbone.dtype=bfloat16``. Freed memory is kept for the next step, as in ``run.py``, for all alike.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import warnings
@@ -21,6 +22,8 @@ import transformers
 from contenders import BF16, auto, of_peft, peft_lora
 from measure import in_turns, ratio, summary
 from shapes import SHAPES, Backbones
+
+from deltaexp.lab import memory
 
 PEFT = {
     "PEFT, fp32 (its default)": {},
@@ -52,7 +55,8 @@ def main() -> None:
         gc.collect()
         gc.disable()
         steps = {key: one.step for key, one in made.items()}
-        times = in_turns(steps, "cpu", options.seconds / len(names), 200, lambda: None)
+        with memory.reused() if memory.reusable() else contextlib.nullcontext():
+            times = in_turns(steps, "cpu", options.seconds / len(names), 200, lambda: None)
         gc.enable()
         default, *low = list(PEFT)
         best = min(low, key=lambda key: min(times[key]))

@@ -170,9 +170,9 @@ def auto(backbones: Backbones, kind: str = "all", dtype: torch.dtype = FP32) -> 
     delta = attached(model, our_lora(kind)(backbones.shape))
     on = [] if backbones.device != "cpu" else ["trainer.cpu=true"]
     choice = speeding.choose(schema.composed(["trainer.speed=auto", *on])[0], model)
-    # Attention is set for the whole process, and so for the others: in its own steps only.
+    # Attention is set for the whole process, and so for the others: in its own steps only. Memory is kept for all alike.
     applied = contextlib.ExitStack()
-    applied.enter_context(speeding.applied(dataclasses.replace(choice, attention=False), model))
+    applied.enter_context(speeding.applied(dataclasses.replace(choice, attention=False, memory=False), model))
     around = half_attention.registered if choice.attention else contextlib.nullcontext
     made = prepared(model, backbones, autocast=choice.trainer.precision == "bf16", around=around)
     made.keep += [delta, applied]

@@ -6,7 +6,8 @@ The frozen limit is the forward pass and the gradient with respect to the activa
 when a delta costs nothing. A step is a forward and a backward pass, without the optimizer; everyone's head is frozen. All
 contenders of a group are timed in turns within one process, and ratios are taken round by round, so that they hold on a busy
 machine, where the times themselves do not. Saved bytes are those of the tensors that wait for the backward pass, each storage
-once, parameters not counted.
+once, parameters not counted. On the CPU freed memory is kept for the next step, as trainer.speed=auto keeps it, for all alike:
+otherwise the C library gives some of it back, and whose step pays for that depends on whose came before.
 
 Writes ``results.json``, ``results.txt`` and, where matplotlib is installed, ``results.png`` to ``--out``.
 """
@@ -14,6 +15,7 @@ Writes ``results.json``, ``results.txt`` and, where matplotlib is installed, ``r
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import os
@@ -34,6 +36,7 @@ from rich.progress import Progress
 from shapes import SHAPES, Backbones
 
 import deltaexp
+from deltaexp.lab import memory
 
 
 def arguments() -> argparse.Namespace:
@@ -141,7 +144,8 @@ def main() -> None:
         "shapes": {},
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    heap = contextlib.nullcontext() if cuda or not memory.reusable() else memory.reused()
+    with heap, Progress(console=Console(stderr=True), transient=True) as progress:
         for name in names:
             backbones = Backbones(SHAPES[name], options.device)
             for group in (group for shape, group in chosen if shape == name):

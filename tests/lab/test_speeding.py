@@ -38,12 +38,17 @@ def test_off_is_the_default_and_chooses_nothing(bf16: pytest.MonkeyPatch) -> Non
 
 
 def test_auto_takes_what_the_cpu_has(bf16: pytest.MonkeyPatch) -> None:
+    bf16.setattr(speeding.memory, "reusable", lambda: True)
     choice = chosen("trainer.speed=auto")
     assert choice.name == "bf16, adamw_fused, kept casts, attention by products"
     assert choice.recorded()["asked"] == "auto"
-    assert len(choice.recorded()["reasons"]) == 4
+    assert choice.recorded()["kept_memory"]
+    assert len(choice.recorded()["reasons"]) == 5
+    bf16.undo()
     bf16.setattr(speeding, "multiplies_bf16", lambda: False)
+    bf16.setenv("MALLOC_TRIM_THRESHOLD_", "131072")  # what is set is kept
     choice = chosen("trainer.speed=auto")
+    assert not choice.memory
     assert choice.name == "fp32, adamw_fused"
     assert "no instructions" in choice.reasons[0]
 
