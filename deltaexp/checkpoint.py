@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from deltaexp.checksum import TensorDigest, digests, file_sha256, model_md5, model_sha256
+from deltaexp.checksum import ALGORITHM, ALGORITHMS, TensorDigest, digests, file_sha256, model_md5, model_sha256
 from deltaexp.errors import (
     CheckpointError,
     DamagedFileError,
@@ -58,6 +58,12 @@ class SavedDelta:
     manifest: Manifest | None
     """None where the folder has none, so that file digests and differences cannot be told."""
 
+    @property
+    def algorithm(self) -> str:
+        """Which of `deltaexp.checksum.ALGORITHMS` the recorded digests of tensors are of; where there are none, the fastest."""
+        record = self.config.saved_with
+        return record.tensor_digest if record.backbone_hash or self.manifest else ALGORITHM
+
 
 def write(
     folder: str | Path,
@@ -89,7 +95,7 @@ def write(
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     delta = digests(plain)
     hashes = {"backbone_hash": model_md5({**base, **delta}), "base_sha256": model_sha256(base)}
-    config.saved_with = dataclasses.replace(config.saved_with, **hashes)
+    config.saved_with = dataclasses.replace(config.saved_with, **hashes, tensor_digest=ALGORITHM)
     record = {k: v for k, v in dataclasses.asdict(config.saved_with).items() if v is not None}
 
     def fill(stage: Path) -> None:
@@ -214,7 +220,13 @@ def read(folder: str | Path) -> SavedDelta:
     if manifest is not None:
         check_names(manifest.delta, tensors, f"{str(path)!r}", "its manifest lists")
     check_not_empty(tensors, f"{str(path)!r}")
-    return SavedDelta(folder, config, tensors, manifest)
+    saved = SavedDelta(folder, config, tensors, manifest)
+    if saved.algorithm not in ALGORITHMS:
+        raise CheckpointError(
+            f"The digests of the delta in {str(folder)!r} are of the algorithm {saved.algorithm!r}, and this version of "
+            f"deltaexp knows {listing(ALGORITHMS)}. Load it with the version that saved it (config.json names it)."
+        )
+    return saved
 
 
 def read_probe(saved: SavedDelta) -> dict[str, torch.Tensor] | None:

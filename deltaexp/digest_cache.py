@@ -1,31 +1,32 @@
 """Digests of a backbone's tensors, remembered for the checkpoint from which it was loaded.
 
-A sha256 tells a tensor from every other that anybody could make, and takes long. Whether a tensor is still what it was when its
-sha256 was computed is told by a quick hash (XXH3, 128 bits), which nobody but chance has to be feared for: what a third
-party can exchange are the files, and what is remembered is remembered for their identity (place, size, times, inode). A file
-that was written to is another one, whose tensors are hashed anew.
+A digest tells a tensor from every other that anybody could make, and takes long. Whether a tensor is still what it was when its
+digest was computed is told by a quick hash (XXH3, 128 bits, limited by the memory and not by the processor), which nobody but
+chance has to be feared for: what a third party can exchange are the files, and what is remembered is remembered for their
+identity (place, size, times, inode). A file that was written to is another one, whose tensors are hashed anew.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+import xxhash
 from torch import nn
 
-from deltaexp.checksum import TensorDigest, largest_first, quick_hash, tensor_digest
+from deltaexp.checksum import ALGORITHM, SMALL, TensorDigest, computing, dtype_name, tensor_bytes, tensor_digests
 
-SMALLEST = 1 << 20
-"""Bytes of a model below which hashing takes less time than looking anything up."""
+RUN = 1 << 25
+"""Bytes of tensors that are hashed and remembered together."""
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -47,21 +48,26 @@ class Remembered:
         self.files = files
         self.identity = _identity(files)
         self.record = cache_dir() / "digests" / f"{self.identity}.json"
-        self.known: dict[str, TensorDigest] = {}
-        """The digests, under the dtype, the shape and the quick hash of the tensor."""
+        self.known: dict[str, list[str]] = {}
+        """The values of the digests of runs of tensors, under the algorithm and a quick hash of their layouts and bytes."""
         self.learnt = False
         # A record that cannot be read is none.
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             data = json.loads(self.record.read_text(encoding="utf-8"))
-            self.known = {str(key): TensorDigest.from_dict(value) for key, value in data.items()}
+            self.known = {key: list(map(str, values)) for key, values in data.items()}
 
-    def digest(self, tensor: torch.Tensor) -> TensorDigest:
-        """Return the digest of a tensor, and keep it."""
-        key = quick_hash(tensor)
-        found = self.known.get(key)
-        if found is None:
-            found = self.known[key] = tensor_digest(tensor)
-            self.learnt = True
+    def digests(self, run: Sequence[torch.Tensor], algorithm: str) -> list[TensorDigest]:
+        """Return the digests of tensors that lie one after the other, and keep them."""
+        layouts = [(dtype_name(tensor), tuple(tensor.shape)) for tensor in run]
+        quick = xxhash.xxh3_128(repr(layouts).encode())
+        quick.update(_joined(run))
+        key = f"{algorithm} {quick.hexdigest()}"
+        values = self.known.get(key)
+        if values is not None and len(values) == len(run):
+            return [TensorDigest(*layout, value, algorithm) for layout, value in zip(layouts, values, strict=True)]
+        found = tensor_digests(run, algorithm)
+        self.known[key] = [digest.value for digest in found]
+        self.learnt = True
         return found
 
     def write(self) -> None:
@@ -72,13 +78,14 @@ class Remembered:
             self.record.parent.mkdir(parents=True, exist_ok=True)
             handle, stage = tempfile.mkstemp(dir=self.record.parent)
             with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump({key: digest.to_dict() for key, digest in sorted(self.known.items())}, file)
+                json.dump(self.known, file, sort_keys=True)
             os.replace(stage, self.record)
-            self.learnt = False
 
 
 @contextlib.contextmanager
-def digesting(backbone: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Iterator[Callable[[], dict[str, TensorDigest]]]:
+def digesting(
+    backbone: nn.Module, tensors: Mapping[str, torch.Tensor], algorithm: str = ALGORITHM
+) -> Iterator[Callable[[], dict[str, TensorDigest]]]:
     """Have other threads compute digests of a backbone's tensors from now on, as they are now; yield what returns them.
 
     Meanwhile a tensor may be given other data (``tensor.data = ...``), but its memory may not be written to.
@@ -86,64 +93,60 @@ def digesting(backbone: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Itera
     Args:
         backbone: The model, whose config tells where it was loaded from.
         tensors: Some of its tensors, by their names in it.
+        algorithm: Which of `deltaexp.checksum.ALGORITHMS`.
     """
-    small = sum(tensor.nbytes for tensor in tensors.values()) < SMALLEST
-    files = [] if small else _files_of(backbone)
-    remembered = Remembered(files) if files else None
     now = {name: tensor.detach() for name, tensor in tensors.items()}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        compute = tensor_digest if remembered is None else remembered.digest
-        begun = {name: pool.submit(compute, now[name]) for name in largest_first(now)}
-
-        def result() -> dict[str, TensorDigest]:
-            found = {name: begun[name].result() for name in now}
-            if remembered is not None:
-                remembered.write()
-            return found
-
-        try:
-            yield result
-        finally:
-            pool.shutdown(cancel_futures=True)
+    files = _files_of(backbone) if sum(tensor.nbytes for tensor in now.values()) > SMALL else []
+    remembered = Remembered(files) if files else None
+    names, runs = _runs(now)
+    compute = tensor_digests if remembered is None else remembered.digests
+    with computing(runs, partial(compute, algorithm=algorithm)) as result:
+        yield lambda: dict(zip(names, result(), strict=True))
+    if remembered is not None:
+        remembered.write()
 
 
-def model_digests(backbone: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorDigest]:
+def model_digests(
+    backbone: nn.Module, tensors: Mapping[str, torch.Tensor], algorithm: str = ALGORITHM
+) -> dict[str, TensorDigest]:
     """Return what `deltaexp.checksum.digests` does, for tensors of a backbone.
 
     Args:
         backbone: The model, whose config tells where it was loaded from.
         tensors: Some of its tensors, by their names in it.
+        algorithm: Which of `deltaexp.checksum.ALGORITHMS`.
     """
-    with digesting(backbone, tensors) as result:
+    with digesting(backbone, tensors, algorithm) as result:
         return result()
 
 
-@contextlib.contextmanager
-def read_ahead(folder: str | Path, dtype: torch.dtype | None = None) -> Iterator[None]:
-    """Within this context, while a model is loaded from a folder, the digests of its files are computed beside it.
+def _runs(tensors: Mapping[str, torch.Tensor]) -> tuple[list[str], list[list[torch.Tensor]]]:
+    """Return tensors in the order in which they lie in memory, and their names in the same order.
 
-    Args:
-        folder: The folder of the checkpoint; anything else does nothing.
-        dtype: The dtype in which the model will hold its weights; None is that of the file.
+    Those that lie one after the other, as those do that are mapped from one file, are joined into runs of at least `RUN` bytes.
+    A thread hashes a run without the interpreter lock, for which it would have to wait longer than it takes to hash a tensor.
     """
-    files = _in_folder(Path(folder))
-    remembered = Remembered(files) if files else None
-    if remembered is None or remembered.known:
-        yield
-        return
+    names = sorted(tensors, key=lambda name: tensors[name].data_ptr())
+    runs: list[list[torch.Tensor]] = []
+    end, size = -1, 0
+    for name in names:
+        tensor = tensors[name]
+        plain = tensor.device.type == "cpu" and tensor.is_contiguous()
+        if size >= RUN or not plain or tensor.data_ptr() != end:
+            runs.append([])
+            size = 0
+        runs[-1].append(tensor)
+        size += tensor.nbytes
+        end = tensor.data_ptr() + tensor.nbytes if plain else -1
+    return names, runs
 
-    def learn(path: Path, name: str) -> None:
-        with safe_open(path, framework="pt") as file:
-            tensor = file.get_tensor(name)
-        remembered.digest(tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for path in files:
-            with contextlib.suppress(Exception), safe_open(path, framework="pt") as file:  # loading will say what is wrong
-                for name in file.keys():  # noqa: SIM118 - it is no dict
-                    pool.submit(learn, path, name)
-        yield
-    remembered.write()
+def _joined(run: Sequence[torch.Tensor]) -> Any:
+    """Return the bytes of tensors that lie one after the other."""
+    if len(run) == 1:
+        return tensor_bytes(run[0])
+    size = sum(tensor.nbytes for tensor in run)
+    return (ctypes.c_uint8 * size).from_address(run[0].data_ptr())
 
 
 def _files_of(backbone: nn.Module) -> list[Path]:

@@ -1,8 +1,9 @@
 """What ``manifest.json`` records of a delta, and the comparison of files with it.
 
-It holds the sha256 of every other file, the digest of every tensor of the base and the delta, and its own sha256; and there is
-one way only to write it down. So no byte of the folder can change without being noticed. It is no signature: who changes the
-delta and the manifest alike makes another delta, which is what the commit of a repository tells apart.
+It holds the sha256 of every other file, the digest of every tensor of the base and the delta (`deltaexp.checksum`), and in its
+last line the sha256 of its own text without that line. So no byte of the folder can change without being noticed. It is no
+signature: who changes the delta and the manifest alike makes another delta, which is what the commit of a repository tells
+apart. A tensor's digest stands under the name of its algorithm, which was SHA-256 in format 2 and is BLAKE3 since format 3.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from deltaexp.checksum import TensorDigest, file_sha256
-from deltaexp.errors import CheckpointError, DamagedFileError, MissingFileError, UnsafeFileError
+from deltaexp.errors import CheckpointError, DamagedFileError, MissingFileError, UnsafeFileError, listing
 
 MANIFEST = "manifest.json"
-FORMAT = 2
+FORMAT = 3
 """Version of the layout of ``manifest.json``."""
+READABLE = (2, FORMAT)
 LARGEST_JSON = 1 << 26
 """Bytes that a file of JSON may have; those of the largest models have some millions."""
-END = "\n}\n"
+END, SEAL = "\n}\n", ',\n  "sha256": "'
 DAMAGED = (
     "The file was changed or damaged after it was saved: copy the delta again, save it anew, or, if it came from the Hub, "
     "load it with force_download=True."
@@ -59,12 +61,12 @@ class Manifest:
             ValueError: If it is not what `to_json` writes, to the byte.
         """
         data = json.loads(text)
-        if data["format"] != FORMAT:
+        if data["format"] not in READABLE:
             raise CheckpointError(
-                f"{MANIFEST} has format {data['format']!r}; this version of deltaexp reads {FORMAT}. Load the delta with the "
-                "version that saved it (config.json names it) and save it anew."
+                f"{MANIFEST} has format {data['format']!r}; this version of deltaexp reads {listing(READABLE)}. Load the delta "
+                "with the version that saved it (config.json names it) and save it anew."
             )
-        if text != sealed({key: value for key, value in data.items() if key != "sha256"}):
+        if text != _sealed(text[: text.rfind(SEAL)] + END):
             raise ValueError("its own sha256 is not that of its text")
         for name in data["files"]:
             if not is_plain_name(name):
@@ -79,9 +81,12 @@ class Manifest:
 
 def sealed(data: dict[str, Any]) -> str:
     """Return the text of a manifest with its own digest, which is over the text without it."""
-    text = dump(data)
-    assert max(data) < "sha256"  # so it comes last, and the text need not be made twice
-    return f'{text.removesuffix(END)},\n  "sha256": "{hashlib.sha256(text.encode()).hexdigest()}"{END}'
+    assert max(data) < "sha256"  # so it comes last, as dump would have it
+    return _sealed(dump(data))
+
+
+def _sealed(text: str) -> str:
+    return f'{text.removesuffix(END)}{SEAL}{hashlib.sha256(text.encode()).hexdigest()}"{END}'
 
 
 def dump(data: Any) -> str:

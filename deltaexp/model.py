@@ -36,7 +36,7 @@ from deltaexp.digest_cache import digesting, model_digests
 from deltaexp.errors import AddressingError, CheckpointError, ConfigError, DeltaExpError, TensorDtypeError, listing
 from deltaexp.ownership import Ownership, originals
 from deltaexp.registry import DeltaConfig, SavedWith
-from deltaexp.structure import backbone_parameters, backbone_tensors
+from deltaexp.structure import backbone_parameters, backbone_tensors, common_structure
 from deltaexp.surgery import Attachment, prepare
 from deltaexp.verification import HashCheck
 
@@ -65,6 +65,10 @@ class DeltaModel:
             config = DeltaConfig.from_dict({"delta_type": self.config_class.delta_type, **keys})
         elif config is None or keys:
             raise ConfigError("Give either a config or, to a class such as LoraModel, the keys of its config.")
+        self._put(backbone_model, config)
+
+    def _put(self, backbone_model: nn.Module, config: DeltaConfig, structure: targets.Structure | None = None) -> None:
+        """Attach a new delta; ``structure`` is the backbone's, where that is known already."""
         quantised.settle(backbone_model)
         self.backbone_model = backbone_model
         self.config = copy.deepcopy(config)
@@ -72,7 +76,7 @@ class DeltaModel:
         """What the check of a delta loaded by `from_finetuned` found; None for one that was not loaded."""
         self.combination: Any = None
         """How `deltaexp.combine` made it, a `deltaexp.combining.Combination`; None for one that it did not make."""
-        self.targets, sites = targets.find(self.config, backbone_model)
+        self.targets, sites = targets.find(self.config, backbone_model, structure)
         """For every pattern of ``modified_modules``, the names of the modules that it means."""
         self.attachments: list[Attachment] = prepare(self.config, sites)
         self._ownership = Ownership(backbone_model)
@@ -296,23 +300,23 @@ class DeltaModel:
                 f"{cls.config_class.delta_type!r}. Use AutoDeltaModel.from_finetuned, which loads any type."
             )
         revision = getattr(getattr(backbone_model, "config", None), "_commit_hash", None)
-        verification.check_saved(saved, everything=False)
-        if check_hash:
-            verification.check_class(saved, type(backbone_model).__name__)
-            verification.check_quantised(saved, backbone_model)
-            verification.check_shapes(saved, backbone_tensors(backbone_model), revision)
-        without = {**backbone_tensors(backbone_model), **originals(backbone_model)} if check_hash else {}
         # Other threads hash the backbone while the delta is put into it, which leaves the memory of its tensors alone.
-        with digesting(backbone_model, without) as digested:
-            planning.check(saved.config, backbone_model, saved.tensors, str(saved.folder))
+        without = {**backbone_tensors(backbone_model), **originals(backbone_model)} if check_hash else {}
+        with digesting(backbone_model, without, saved.algorithm) as digested:
+            verification.check_saved(saved, everything=False)
+            if check_hash:
+                verification.check_backbone(saved, backbone_model, without, revision)
+            structure = common_structure(backbone_model)
+            planning.check(saved.config, backbone_model, saved.tensors, str(saved.folder), structure)
             was_trainable = {parameter: parameter.requires_grad for parameter in backbone_model.parameters()}
-            delta_model = direct_class(type(saved.config))(backbone_model, saved.config)
+            delta_model = object.__new__(direct_class(type(saved.config)))
+            delta_model._put(backbone_model, saved.config, structure)
             try:
                 delta_model.load_tensors(saved.tensors, str(saved.folder))
                 if check_hash:
-                    found = digested()
-                    base = {name: found[name] for name in delta_model.base_tensors()}
-                    delta = digests(delta_model.delta_tensors())
+                    heads = ownership.unfrozen(delta_model.config, backbone_model)
+                    base = {name: digest for name, digest in digested().items() if name not in heads}
+                    delta = digests(delta_model.delta_tensors(), saved.algorithm)
                     delta_model.hash_check = verification.check_model(saved, base, delta, revision)
                     verification.check_settings(saved, verification.settings(backbone_model))
                 else:

@@ -42,7 +42,7 @@ class Ownership:
         Raises:
             AddressingError: If one belongs to another delta; two owners could not both restore what was.
         """
-        parameters = backbone_parameters(self.backbone)
+        parameters = backbone_parameters(self.backbone) if names or self.without or self.trained else {}
         others = self._others()
         taken = sorted(names & set(others))
         if taken:
@@ -74,6 +74,8 @@ class Ownership:
 
     def values(self) -> dict[str, torch.Tensor]:
         """Return the trained values under the parameters' names."""
+        if not self.without:
+            return {}
         source: Mapping[str, torch.Tensor] = backbone_parameters(self.backbone) if self.active else self.trained
         return {name: source[name] for name in self.without}
 

@@ -14,9 +14,16 @@ from deltaexp import checkpoint, ownership, surgery, targets
 from deltaexp.errors import TensorShapeError, UnsafeFileError, listing
 from deltaexp.registry import DeltaConfig
 from deltaexp.structure import backbone_parameters
+from deltaexp.targets import Structure
 
 
-def check(config: DeltaConfig, backbone: nn.Module, tensors: Mapping[str, torch.Tensor], where: str) -> None:
+def check(
+    config: DeltaConfig,
+    backbone: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    where: str,
+    structure: Structure | None = None,
+) -> None:
     """Compare tensors with those that a config describes on a backbone, before any of them is made.
 
     Args:
@@ -24,6 +31,7 @@ def check(config: DeltaConfig, backbone: nn.Module, tensors: Mapping[str, torch.
         backbone: The backbone, which is not touched.
         tensors: The saved tensors.
         where: What to call their source in an error.
+        structure: The backbone's common structure, where that is known already.
 
     Raises:
         UnsafeFileError: If the config asks for what no machine could hold.
@@ -33,7 +41,7 @@ def check(config: DeltaConfig, backbone: nn.Module, tensors: Mapping[str, torch.
     if not config.builds_on_meta:
         _check_sizes(config, tensors, where)
         return
-    check_shapes(expected_shapes(config, backbone, where), tensors, where)
+    check_shapes(expected_shapes(config, backbone, where, structure), tensors, where)
 
 
 def check_shapes(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, torch.Tensor], where: str) -> None:
@@ -55,7 +63,9 @@ def check_shapes(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, 
         )
 
 
-def expected_shapes(config: DeltaConfig, backbone: nn.Module, where: str) -> dict[str, tuple[int, ...]]:
+def expected_shapes(
+    config: DeltaConfig, backbone: nn.Module, where: str, structure: Structure | None = None
+) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the tensors that a delta with this config has on this backbone, under their names in a checkpoint.
 
     The layers are built on the meta device, where a tensor of any size takes no memory.
@@ -64,7 +74,7 @@ def expected_shapes(config: DeltaConfig, backbone: nn.Module, where: str) -> dic
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the real building says them again
-            _, sites = targets.find(plan, backbone)
+            _, sites = targets.find(plan, backbone, structure)
             layers = surgery.saved_tensors(surgery.prepare(plan, sites, torch.device("meta")))
     except (RuntimeError, OverflowError, MemoryError, TypeError, ValueError, ZeroDivisionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

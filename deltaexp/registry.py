@@ -8,6 +8,7 @@ Nothing here imports torch.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import pkgutil
 import sys
@@ -46,6 +47,9 @@ class SavedWith:
     """md5 of the trained model, delta included (see `deltaexp.checksum.model_md5`); None where none was recorded."""
     base_sha256: Optional[str] = None
     """sha256 of what the delta was put on (see `deltaexp.checksum.model_sha256`), the same whatever the delta is."""
+    tensor_digest: str = "sha256"
+    """The algorithm of the tensors' digests that these two hashes are over (see `deltaexp.checksum.ALGORITHMS`). A config that
+    does not name it was saved while there was one only."""
     deltaexp_version: Optional[str] = None
     transformers_version: Optional[str] = None
     origin: Optional[str] = None
@@ -262,7 +266,7 @@ def checked(schema: type, values: Mapping[str, Any], owner: str) -> dict[str, An
     Raises:
         ConfigError: If a key is none of the schema's fields or a value does not have the field's type.
     """
-    hints = typing.get_type_hints(schema)
+    hints = _hints(schema)
     fields = [f.name for f in dataclasses.fields(schema)]
     result = {}
     for key, value in values.items():
@@ -270,6 +274,9 @@ def checked(schema: type, values: Mapping[str, Any], owner: str) -> dict[str, An
             raise ConfigError(unknown_key(key, fields, owner))
         result[key] = _converted(value, hints[key], key)
     return result
+
+
+_hints = functools.cache(typing.get_type_hints)
 
 
 def unknown_key(key: str, fields: Iterable[str], owner: str) -> str:

@@ -15,6 +15,8 @@ from deltaexp.quantised import dequantised, weight_library
 from deltaexp.registry import DeltaConfig
 from deltaexp.structure import Role, Rows, backbone_modules, blocks, common_structure, linear_dims, output_dim
 
+Structure = Mapping[str, tuple[Role, ...]]
+"""What `deltaexp.structure.common_structure` returns."""
 FALLBACK: dict[str, tuple[str, ...]] = {
     "attn": ("mixer", "conv"),
     "attn.q": ("mixer.in", "conv", "ff.w1"),
@@ -127,7 +129,7 @@ def _only_linear(module: nn.Module) -> int | None:
 
 
 def find(
-    config: DeltaConfig, backbone: nn.Module, structure: Mapping[str, tuple[Role, ...]] | None = None
+    config: DeltaConfig, backbone: nn.Module, structure: Structure | None = None
 ) -> tuple[dict[str, list[str]], list[Site]]:
     """Return, pattern by pattern, the names of the modules that a config chooses, and the places that follow from it.
 
@@ -213,12 +215,14 @@ def _resolve(
     common: addressing.CommonNames,
     common_structure: bool | None,
 ) -> dict[str, list[str]]:
-    aside = tuple(f"{name}." for name, roles in common.items() if not NOT_ALL_LINEAR.isdisjoint(roles))
-    linear = {
-        name: [addressing.ALL_LINEAR]
-        for name, module in modules.items()
-        if linear_dims(module) and not f"{name}.".startswith(aside)
-    }
+    linear: dict[str, list[str]] = {}
+    if addressing.ALL_LINEAR in patterns:
+        aside = tuple(f"{name}." for name, roles in common.items() if not NOT_ALL_LINEAR.isdisjoint(roles))
+        linear = {
+            name: [addressing.ALL_LINEAR]
+            for name, module in modules.items()
+            if linear_dims(module) and not f"{name}.".startswith(aside)
+        }
     result: dict[str, list[str]] = {}
     for pattern in patterns:
         everything = pattern == addressing.ALL_LINEAR
@@ -263,7 +267,7 @@ def _singles(
     config: DeltaConfig,
     targets: Mapping[str, list[str]],
     modules: Mapping[str, nn.Module],
-    structure: Mapping[str, tuple[Role, ...]],
+    structure: Structure,
     common: addressing.CommonNames,
 ) -> list[Place]:
     """Return the places for a type that goes on single modules; a slice of a projection where only that was asked for."""

@@ -47,12 +47,13 @@ def backbone_modules(backbone: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     while stack:
         name, module = stack.pop()
         yield name, module
-        children = [
-            (f"{name}.{child_name}" if name else child_name, child)
-            for child_name, child in module.named_children()
-            if not isinstance(child, Layer)
-        ]
-        stack.extend(reversed(children))
+        if module._modules:
+            children = [
+                (f"{name}.{child_name}" if name else child_name, child)
+                for child_name, child in module.named_children()
+                if not isinstance(child, Layer)
+            ]
+            stack.extend(reversed(children))
 
 
 def backbone_parameters(backbone: nn.Module) -> dict[str, nn.Parameter]:
@@ -60,10 +61,10 @@ def backbone_parameters(backbone: nn.Module) -> dict[str, nn.Parameter]:
     result: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
     for prefix, module in backbone_modules(backbone):
-        for name, parameter in module.named_parameters(prefix=prefix, recurse=False):
-            if id(parameter) not in seen:
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))
-                result[name] = parameter
+                result[f"{prefix}.{name}" if prefix else name] = parameter
     return result
 
 
@@ -75,9 +76,9 @@ def backbone_tensors(backbone: nn.Module) -> dict[str, torch.Tensor]:
     for prefix, module in backbone_modules(backbone):
         if quantised and weight_library(module):
             result |= {f"{prefix}.{name}" if prefix else name: part for name, part in parts(module).items()}
-        for name, buffer in module.named_buffers(prefix=prefix, recurse=False):
-            if name.rsplit(".", 1)[-1] not in module._non_persistent_buffers_set:
-                result[name] = buffer
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                result[f"{prefix}.{name}" if prefix else name] = buffer
     return result
 
 

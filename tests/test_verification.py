@@ -14,9 +14,9 @@ import torch
 from models import FAMILIES, attach, logits, same, snapshot, values
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, BertModel
 
-from deltaexp import AutoDeltaModel, DeltaExpError, HashCheck
+from deltaexp import AutoDeltaModel, DeltaExpError, HashCheck, checkpoint
 from deltaexp.checksum import TensorDigest, model_md5, tensor_digest
 from deltaexp.errors import (
     BackboneDtypeError,
@@ -37,6 +37,7 @@ from deltaexp.errors import (
 )
 from deltaexp.manifest import sealed
 from deltaexp.tree import linear_dims
+from deltaexp.verification import check_saved
 
 BERT = FAMILIES["bert"]
 WEIGHTS = "delta_model.safetensors"
@@ -232,6 +233,72 @@ def test_a_manifest_of_another_version(folder: Path) -> None:
     del manifest["sha256"]
     (folder / "manifest.json").write_text(sealed({**manifest, "format": 7}))
     assert "format 7" in str(refusal(folder, BERT.build()))
+
+
+def test_digests_of_another_algorithm(folder: Path) -> None:
+    edit_config(folder, lambda values: values.update(tensor_digest="blake9"))
+    reseal(folder)
+    error = str(refusal(folder, BERT.build()))
+    assert "'blake9', and this version of deltaexp knows blake3, sha256" in error
+
+
+# --- deltas that were saved with SHA-256 digests ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """A copy of a delta that was saved when manifests had format 2."""
+    return Path(shutil.copytree(Path(__file__).parent / "saved" / "format_2", tmp_path / "old"))
+
+
+def old_backbone() -> BertModel:
+    """The backbone it was saved with, whose weights no version draws otherwise."""
+    config = BertConfig(
+        vocab_size=16,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        max_position_embeddings=8,
+    )
+    model = BertModel(config)
+    for parameter in model.parameters():
+        parameter.data = (torch.arange(parameter.numel()) % 97 - 48).reshape(parameter.shape) / 256
+    return model
+
+
+def test_an_old_delta_is_verified(old: Path) -> None:
+    loaded = AutoDeltaModel.from_finetuned(old, old_backbone())
+    assert loaded.hash_check is HashCheck.MATCH
+    assert all(check.known for check in check_saved(checkpoint.read(old)))
+    checkpoint.add_files(old, {"results.json": "{}"})
+    assert {digest.algorithm for digest in checkpoint.read_manifest(old).base.values()} == {"sha256"}
+    assert AutoDeltaModel.from_finetuned(old, old_backbone()).hash_check is HashCheck.MATCH
+    (old / "manifest.json").unlink()
+    assert AutoDeltaModel.from_finetuned(old, old_backbone()).hash_check is HashCheck.MATCH
+
+
+def test_an_old_delta_is_refused_as_any_other(old: Path) -> None:
+    backbone = old_backbone()
+    backbone.pooler.dense.bias.data[3] = torch.nextafter(backbone.pooler.dense.bias.data[3], torch.tensor(9.0))
+    assert "1 of 23 tensors differ: pooler.dense.bias (other values)" in str(refusal(old, backbone))
+    edit_tensors(old, lambda tensors: tensors["encoder.layer.0.attention.self.query.lora.lora_B"][0, 0].add_(1))
+    assert type(refusal(old, old_backbone())) is DamagedFileError
+    reseal(old)
+    assert type(refusal(old, old_backbone())) is DeltaMismatchError
+    reseal(old, tensors=True, recorded=False)
+    assert type(refusal(old, old_backbone())) is DeltaMismatchError  # its digests are of the other algorithm now
+
+
+def test_an_old_delta_saved_anew_has_new_digests(old: Path, tmp_path: Path) -> None:
+    loaded = AutoDeltaModel.from_finetuned(old, old_backbone())
+    before = checkpoint.read_config(old).saved_with
+    manifest = loaded.save_finetuned(tmp_path / "new")
+    assert {digest.algorithm for digest in (*manifest.base.values(), *manifest.delta.values())} == {"blake3"}
+    after = checkpoint.read_config(tmp_path / "new").saved_with
+    assert (before.tensor_digest, after.tensor_digest) == ("sha256", "blake3")
+    assert before.backbone_hash != after.backbone_hash
+    assert AutoDeltaModel.from_finetuned(tmp_path / "new", old_backbone()).hash_check is HashCheck.MATCH
 
 
 # --- tensors ----------------------------------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ from transformers.utils import logging
 
 from deltaexp import quantised
 from deltaexp.addressing import covers
-from deltaexp.digest_cache import read_ahead
 from deltaexp.errors import BackboneMismatchError, ConfigError, DeltaExpError, listing
 from deltaexp.lab import processes, quantisation, requirements
 from deltaexp.lab.config import BackboneConfig
@@ -151,10 +150,7 @@ def _loaded(
     options |= {"attn_implementation": config.attention} if config.attention else {}
     options |= quantisation.options(config, chosen, settings)
     try:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(without_report())
-            if config.quantization is None:
-                stack.enter_context(read_ahead(place, None if wanted == "auto" else wanted))
+        with without_report():
             model, info = chosen.from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise _not_loaded(config, error) from error
