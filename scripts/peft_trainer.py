@@ -26,8 +26,8 @@ from transformers import (
 
 from deltaexp.lab import schema
 from deltaexp.lab.backbones import location
+from deltaexp.lab.samplers import EpochSampler
 from deltaexp.lab.tasks import metrics
-from deltaexp.lab.training import EpochSampler
 
 
 class OrderedTrainer(Trainer):

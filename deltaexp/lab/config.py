@@ -22,6 +22,7 @@ from deltaexp.redaction import is_secret
 from deltaexp.registry import DeltaConfig, checked
 
 WANDB_MODES = ("online", "offline", "disabled")
+JOINT = ("off", "auto")
 
 
 @dataclass
@@ -206,6 +207,9 @@ class SweepConfig:
 
     name: Optional[str] = None
     """What its folder below ``outputs/multirun`` begins with; null takes the experiment's name."""
+    joint: str = "off"
+    """``auto``: jobs that differ in nothing but their deltas, seeds and optimizers are trained in one, on the same backbone at
+    once, where that measures faster; their deltas are those of separate runs to rounding. ``off``: to the last bit."""
 
 
 @dataclass
@@ -291,6 +295,8 @@ def check(run: RunConfig) -> None:
     if run.trainer.group_by_length and run.task.kind == "image_classification":
         raise ConfigError("trainer.group_by_length=true puts texts of similar length into a batch, and images have none.")
     check_trainer(run.trainer)
+    if run.sweep.joint not in JOINT:
+        raise ConfigError(unknown("sweep.joint", run.sweep.joint, JOINT))
     if run.sweep.name is not None and not re.fullmatch(r"[\w.-]+", run.sweep.name):
         raise ConfigError(f"sweep.name is {run.sweep.name!r}; it becomes a folder's name: letters, digits and _ . - only.")
     if run.tracker.mode not in (None, *WANDB_MODES):

@@ -205,17 +205,13 @@ def _train(
             short.begin()
         console.print(*(f"  {line}" for line in short.told), sep="\n", markup=False)
         memory, peak = PeakMemory(), notes.get("peak", {})
-        trainer.notes = lambda: {
-            "before": before,
-            "seconds": clock.read(),
-            "peak": _larger(peak, memory.read()),
-            "inputs": inputs,
-        }
+        noted = {"before": before, "inputs": inputs}
+        trainer.notes = lambda: {**noted, "seconds": clock.read(), "peak": _larger(peak, memory.read())}
         told = f"training for {trainer.args.max_steps:,} steps in {precision}, learning rate {config.trainer.learning_rate:g}"
         told += telling.together(processes.count(), trainer.global_batch_size, config.trainer.sharding)
         with clock.phase("train", told):
             if counts["trainable"]:
-                trainer.train_from(checkpoint_folder)
+                shared.train(trainer, checkpoint_folder, clock)
             else:
                 console.print("  nothing is trainable: the backbone is measured as it is")
         pruning.check(claim)
@@ -266,6 +262,7 @@ def _train(
             "global_batch_size": trainer.global_batch_size,
             "sharding": config.trainer.sharding,
             "shortcuts": short.facts(),
+            "trained_together": shared.joined,
             "seeds": seeds,
             "rows": rows,
             "truncated": truncated,

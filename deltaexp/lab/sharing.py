@@ -12,8 +12,10 @@ import copy
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from deltaexp.checksum import model_sha256
@@ -22,6 +24,7 @@ from deltaexp.lab import backbones, processes
 from deltaexp.lab.backbones import Backbone
 from deltaexp.lab.config import RunConfig
 from deltaexp.lab.taskconfig import TaskConfig
+from deltaexp.lab.telling import Clock
 from deltaexp.model import DeltaModel
 
 T = TypeVar("T")
@@ -44,6 +47,9 @@ class Shared:
         self._kept: tuple[str, Backbone, _State] | None = None
         self._lent: tuple[str, Backbone, _State] | None = None
         self._made: dict[str, Any] = {}
+
+    joined: dict[str, Any] | None = None
+    """With how many runs a run was trained in one, and what part of the time that took; None for one that was not."""
 
     def once(self, key: Any, make: Callable[[], T]) -> T:
         """Return what ``make`` makes, which was made before where something with this key, of JSON, was."""
@@ -95,6 +101,40 @@ class Shared:
             delta_model.detach()
             self._kept[1].model.to(self._kept[2].device)
 
+    def train(self, trainer: Any, checkpoint: Path | None, clock: Clock) -> None:
+        """Have a run trained, from a checkpoint on where there is one.
+
+        Args:
+            trainer: Its trainer.
+            checkpoint: The folder of the checkpoint.
+            clock: What measures the run.
+        """
+        trainer.train_from(checkpoint)
+
+    def put_aside(self, delta_model: DeltaModel) -> bool:
+        """Take a run's delta out of the backbone, for another run to use that; say whether it is as it was when it was lent."""
+        if self._lent is None:
+            return False
+        delta_model.detach()
+        self._kept, self._lent = self._lent, None
+        self._kept[1].model.to(self._kept[2].device)
+        return self._kept[2].is_restored()
+
+    def take_up(self, device: torch.device) -> Any:
+        """Lend the backbone again to a run that has put its delta aside, on a device, and return it."""
+        if self._lent is None:
+            self._lent, self._kept = self._kept, None
+        assert self._lent is not None
+        return self._lent[1].model.to(device)
+
+    def settings(self) -> list[tuple[Any, dict[str, Any]]]:
+        """Return the configs of the backbone that is lent, with what is in them."""
+        return [] if self._lent is None else [(config, copy.deepcopy(vars(config))) for config in self._lent[2].of_model()]
+
+    def set(self, settings: list[tuple[Any, dict[str, Any]]]) -> None:
+        """Give configs back what was in them."""
+        _set(settings)
+
     def clear(self) -> None:
         """Keep nothing any more."""
         self._kept, self._lent = None, None
@@ -119,7 +159,7 @@ class _State:
         self.model: Any = backbone.model
         self.missing = {name for name, _ in self.model.named_parameters() if name in backbone.missing}
         self.device = next(self.model.parameters()).device
-        self.configs = [(config, copy.deepcopy(vars(config))) for config in self._configs()]
+        self.configs = [(config, copy.deepcopy(vars(config))) for config in self.of_model()]
         self.modes = {name: module.training for name, module in self.model.named_modules()}
         self.trained = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
         self.tree, self.digest = self._tree(), self._digest()
@@ -141,9 +181,7 @@ class _State:
 
     def is_restored(self) -> bool:
         """Set back what a run changes, and say whether the backbone is as it was then."""
-        for config, values in self.configs:
-            vars(config).clear()
-            vars(config).update(copy.deepcopy(values))
+        _set(self.configs)
         for name, module in self.model.named_modules():
             module.training = self.modes.get(name, False)
         for name, parameter in self.model.named_parameters():
@@ -151,7 +189,8 @@ class _State:
             parameter.grad = None
         return self._tree() == self.tree and self._digest() == self.digest
 
-    def _configs(self) -> list[Any]:
+    def of_model(self) -> list[Any]:
+        """Return all configs of the backbone."""
         every = [getattr(module, name, None) for module in self.model.modules() for name in ("config", "generation_config")]
         return list({id(config): config for config in every if config is not None}.values())
 
@@ -171,6 +210,12 @@ class _State:
         """Return a digest of all tensors, apart from those that the checkpoint lacked."""
         tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         return model_sha256(model_digests(self.model, {n: t.detach() for n, t in tensors.items() if n not in self.missing}))
+
+
+def _set(settings: list[tuple[Any, dict[str, Any]]]) -> None:
+    for config, values in settings:
+        vars(config).clear()
+        vars(config).update(copy.deepcopy(values))
 
 
 OF_PROCESS = Shared()

@@ -37,6 +37,10 @@ class Clock:
         self.seconds = self.read(name)
         del self.running[name]
 
+    def leave_out(self, seconds: float) -> None:
+        """Leave seconds that have passed out of all phases that are running, and of the total."""
+        self.running = {name: start + seconds for name, start in self.running.items()}
+
     def read(self, *names: str) -> dict[str, float]:
         """Return the seconds until now, of all that is running or only of what is named."""
         now = time.perf_counter()

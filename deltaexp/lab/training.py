@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,16 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.data import RandomSampler, Sampler
+from torch.utils.data import Sampler
 
 from deltaexp.checkpoint import WEIGHTS
 from deltaexp.errors import ConfigError, DamagedFileError, RunError, listing, unknown
-from deltaexp.lab import arguments, checkpoints, optimizers, processes, quantisation, sharding, smoothing
+from deltaexp.lab import arguments, checkpoints, joint_step, optimizers, processes, quantisation, sharding, smoothing
 from deltaexp.lab.callbacks import CheckpointCallback, LossCallback, StepCallback
 from deltaexp.lab.checkpoints import Checkpoints
 from deltaexp.lab.config import TrainerConfig
 from deltaexp.lab.parallel import ParallelTrainer
+from deltaexp.lab.samplers import EpochSampler, ListedSampler
 from deltaexp.lab.tasks.kinds import Kind, Split
 from deltaexp.lab.tasks.kinds.base import ROW
 from deltaexp.lab.tracking import TIMINGS
@@ -37,8 +39,6 @@ from deltaexp.model import DeltaModel
 TRAINER_STATE = "trainer_state.json"
 SPREAD = 1_000_003
 """What the seeds of dropout differ by from one process to the next."""
-PART = 2**16
-"""Rows of an epoch's order that are made Python's numbers at once."""
 
 
 class DeltaTrainer(ParallelTrainer):
@@ -63,6 +63,10 @@ class DeltaTrainer(ParallelTrainer):
         """Learning rates of their own, by pattern."""
         self.notes: Callable[[], dict[str, Any]] = dict
         """What the run wants to find again in a checkpoint, for JSON."""
+        self.joint: Any = None
+        """Computes batches together with those of other runs (`deltaexp.lab.joint`); None where there are none."""
+        self.alone: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+        """Makes a context in which no other run's delta is in the backbone."""
         model = delta_model.backbone_model
         self._own_forward = model.__dict__.get("forward")  # a backbone that is spread over devices has one of its own
         with quantisation.trainable(model):
@@ -228,23 +232,46 @@ class DeltaTrainer(ParallelTrainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **options: Any) -> Any:
         """Return the task's loss, while training with the term that the delta's type adds (AdaLoRA has one)."""
-        smoother, self.label_smoother = self.label_smoother, self.label_smoother if model.training else None
-        if self.label_smoother is not None:
-            inputs = smoothing.prepared(inputs, self.delta_model.backbone_model)
-        try:
-            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **options)
-        finally:
-            self.label_smoother = smoother
+        logits = self._joint_logits(inputs) if self.joint is not None and model.training else None
+        if logits is not None:
+            smoothed = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
+            shifted = not self.model.config.is_encoder_decoder
+            loss, outputs = joint_step.loss(logits, inputs["labels"], shifted, smoothed), {"logits": logits}
+        else:
+            loss, outputs = self._own_loss(model, inputs, **options)
         if model.training:
             penalty = self.delta_model.penalty()
             loss = self.weighted(loss) if penalty is None else self.weighted(loss) + penalty
         return (loss, outputs) if return_outputs else loss
 
+    def _own_loss(self, model: nn.Module, inputs: dict[str, Any], **options: Any) -> Any:
+        """Return the loss of a batch and the outputs, computed for it alone."""
+        smoother, self.label_smoother = self.label_smoother, self.label_smoother if model.training else None
+        if self.label_smoother is not None:
+            inputs = smoothing.prepared(inputs, self.delta_model.backbone_model)
+        try:
+            return super().compute_loss(model, inputs, return_outputs=True, **options)
+        finally:
+            self.label_smoother = smoother
+
+    def _joint_logits(self, inputs: dict[str, Any]) -> torch.Tensor | None:
+        """Return the logits of a batch, from a forward pass of several runs; None where there is none any more."""
+        inputs = smoothing.prepared(inputs, self.delta_model.backbone_model)
+        return self.joint.logits({name: value for name, value in inputs.items() if name != "labels"})
+
+    def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
+        """Compute loss and gradients of a batch."""
+        loss = super().training_step(*arguments, **options)
+        if self.joint is not None:
+            self.joint.backward()
+        return loss
+
     def evaluate(self, eval_dataset: Any = None, *arguments: Any, **options: Any) -> dict[str, float]:
         """Measure one split by its features, the validation split where none are given."""
         features = self.eval_dataset if eval_dataset is None else eval_dataset
         self._begin(next(split for split in self.splits.values() if split.features is features))
-        found = super().evaluate(eval_dataset, *arguments, **options)
+        with self.alone():
+            found = super().evaluate(eval_dataset, *arguments, **options)
         chosen, prefix = self.args.metric_for_best_model, options.get("metric_key_prefix", "eval")
         names = sorted(name.removeprefix(f"{prefix}_") for name in found if not name.endswith(TIMINGS))
         if chosen is not None and chosen not in names:
@@ -300,44 +327,6 @@ def _in_order(found: Any, split: Split) -> tuple[np.ndarray, Any, np.ndarray]:
     numbers = np.asarray(found.label_ids)[: len(split.features)]
     order = np.argsort(numbers, kind="stable")
     return np.asarray(found.predictions)[order], split.rows, numbers[order]
-
-
-class ListedSampler(Sampler):
-    """The places of a list, in its order."""
-
-    def __init__(self, places: list[int]) -> None:
-        self.places = places
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.places)
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-
-class EpochSampler(Sampler):
-    """Another sampler, whose order in an epoch depends on the seed and the epoch's number only, not on what was before.
-
-    Args:
-        sampler: The sampler, which draws from its attribute ``generator``.
-        seed: The seed of the data.
-        epoch: Returns the number of the epoch, from 0.
-    """
-
-    def __init__(self, sampler: Any, seed: int, epoch: Callable[[], int]) -> None:
-        self.sampler, self.seed, self.epoch = sampler, seed, epoch
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch())
-        if type(self.sampler) is RandomSampler:  # which would make a list of Python's numbers of its permutation
-            for part in torch.randperm(len(self.sampler), generator=generator).split(PART):
-                yield from part.tolist()
-            return
-        self.sampler.generator = generator
-        yield from self.sampler
-
-    def __len__(self) -> int:
-        return len(self.sampler)
 
 
 def build(

@@ -252,9 +252,9 @@ def data_of(name: str, place: str) -> dict[str, Any]:
 
     from deltaexp.lab import backbones, schema
     from deltaexp.lab.parallel import Share
+    from deltaexp.lab.samplers import EpochSampler
     from deltaexp.lab.tasks import data as task_data
     from deltaexp.lab.tasks.kinds import choose
-    from deltaexp.lab.training import EpochSampler
 
     sentences = ["task=sst2", "task.answer=head"]
     own = {

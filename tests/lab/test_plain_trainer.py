@@ -14,9 +14,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 from deltaexp import AutoDeltaModel
 from deltaexp.lab import backbones, schema, training
 from deltaexp.lab.checkpoints import Checkpoints
+from deltaexp.lab.samplers import EpochSampler
 from deltaexp.lab.tasks import data as task_data
 from deltaexp.lab.tasks.kinds import choose
-from deltaexp.lab.training import EpochSampler
 
 STEPS, RATE, SEED = 10, 1e-2, 3
 

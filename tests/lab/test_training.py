@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback
 
 from deltaexp import AutoDeltaConfig, AutoDeltaModel, registry
 from deltaexp.errors import ConfigError, RunError
-from deltaexp.lab import arguments, backbones, schema, training
+from deltaexp.lab import arguments, backbones, samplers, schema, training
 from deltaexp.lab.checkpoints import Checkpoints
 from deltaexp.lab.config import BackboneConfig, TrainerConfig
 from deltaexp.lab.hyperparameters import SCHEDULES
@@ -304,7 +304,7 @@ def test_a_compiler_is_asked_for(trainer_for: Make, monkeypatch: pytest.MonkeyPa
 def test_an_epochs_order_is_that_of_torchs_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "PART", 7)
     plain = RandomSampler(range(50), generator=torch.Generator().manual_seed(3 + 2))
-    assert list(training.EpochSampler(RandomSampler(range(50)), 3, lambda: 2)) == list(plain)
+    assert list(samplers.EpochSampler(RandomSampler(range(50)), 3, lambda: 2)) == list(plain)
 
 
 def test_training_that_diverges_is_stopped(trainer_for: Make) -> None:

@@ -10,12 +10,13 @@ import contextlib
 import dataclasses
 import logging
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -25,6 +26,9 @@ from deltaexp.lab.sweeping import record
 from deltaexp.lazy import imports
 from deltaexp.redaction import guard_logs, redact
 from deltaexp.registry import DeltaConfig
+
+if TYPE_CHECKING:
+    from deltaexp.lab.sharing import Shared
 
 LOG = "deltaexp.log"
 """The log of a job, in its folder; Hydra's logging writes to a file of this name, too."""
@@ -73,8 +77,12 @@ class Result:
     seconds: float | None = None
 
 
-def execute(job: Job) -> Result:
+def execute(job: Job, shared: Shared | None = None) -> Result:
     """Do a job, or what is left of it, and note in the sweep's record what came of it.
+
+    Args:
+        job: The job.
+        shared: What it shares with others; by default with all of this process.
 
     Raises:
         KeyboardInterrupt: If somebody stops it; it can be continued.
@@ -91,7 +99,7 @@ def execute(job: Job) -> Result:
 
             tracker = dataclasses.replace(job.run.tracker, group=job.run.tracker.group or Path(job.sweep).name or None)
             config = dataclasses.replace(job.run, resume=True, tracker=tracker)
-            outcome = run(config, job.delta, job.path, _Both(log), again=job.again, shared=sharing.OF_PROCESS)
+            outcome = run(config, job.delta, job.path, _Both(log), again=job.again, shared=shared or sharing.OF_PROCESS)
             result = Result("finished", outcome.score, seconds=time.perf_counter() - start)
         except PrunedRunError as error:
             result = Result("pruned", error=str(error), seconds=time.perf_counter() - start)
@@ -112,7 +120,8 @@ def execute(job: Job) -> Result:
 @contextlib.contextmanager
 def _logging_to(log: IO[str]) -> Iterator[None]:
     """Have Python's log written to a job's, unless Hydra has done so already."""
-    root, handler = logging.getLogger(), logging.StreamHandler(log)
+    root, handler, thread = logging.getLogger(), logging.StreamHandler(log), threading.get_ident()
+    handler.addFilter(lambda line: line.thread == thread)  # jobs that are trained in one have a thread each
     handler.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"))
     needed = not any(isinstance(other, logging.FileHandler) for other in root.handlers)
     if needed:

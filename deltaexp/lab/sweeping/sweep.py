@@ -19,7 +19,7 @@ from rich.console import Console
 
 from deltaexp.errors import CheckpointError, RunError, SweepError
 from deltaexp.lab import recovery, report, schema, tracking
-from deltaexp.lab.sweeping import grid, record
+from deltaexp.lab.sweeping import grid, record, team
 from deltaexp.lab.sweeping.job import LOG, Job, Result, execute, forget
 
 PATIENCE = 1.0
@@ -93,13 +93,16 @@ class Going:
         """
         runs: Any = launcher if hasattr(launcher, "run") else _Foreign(launcher)
         size = min([size for size in (batch, runs.at_once) if size], default=len(self.jobs))
+        wanted, joins = self.jobs[0].run.sweep.joint == "auto", getattr(runs, "joins", False)
+        if wanted and not joins:
+            self.console.print("sweep.joint=auto changes nothing: this launcher executes each job in a process of its own")
         left = self._left(self.jobs)
         self.console.print(f"{len(self.jobs)} jobs in {self.folder}, {len(left)} of them to do", markup=False)
         told = False
         while left and not self.stopped:
             ready = [job for job in left if not recovery.busy(job.path)]
             if ready:
-                self._launch(runs, ready[:size])
+                self._launch(runs, team.formed(ready)[0] if wanted and joins else ready[:size])
             else:
                 if not told:
                     what = f"{len(left)} jobs that another process is at work on"
@@ -155,8 +158,9 @@ class Going:
     def _launch(self, launcher: Runs, jobs: Sequence[Job]) -> None:
         """Have some jobs executed, and tell of each what came of it."""
         self.again -= {job.identity for job in jobs}
-        if len(jobs) == 1:
-            self.console.print(f"\n=== {self._place(jobs[0])}{self._time_left()} ===", markup=False)
+        if len(jobs) == 1 or getattr(launcher, "joins", False):
+            places = "\n    ".join(map(self._place, jobs))
+            self.console.print(f"\n=== {places}{self._time_left()} ===", markup=False)
         results: Any = launcher.run(jobs)
         with contextlib.closing(results):
             for job, result in results:

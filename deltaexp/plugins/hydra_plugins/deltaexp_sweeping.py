@@ -50,13 +50,15 @@ class LocalLauncher(JobLauncher):
     """One job after the other in this process, which keeps the backbone between them."""
 
     at_once = 1
+    joins = True
+    """Whether it trains jobs in one where ``sweep.joint`` says so."""
 
     def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Result]]:
-        """Execute jobs in their order."""
-        from deltaexp.lab.sweeping.job import execute
+        """Execute jobs in their order, or several at once where they may be trained in one."""
+        from deltaexp.lab.sweeping import team
 
-        for job in jobs:
-            yield job, execute(job)
+        for together in team.formed(jobs):
+            yield from team.execute_together(together)
 
 
 class DeltaSweeper(Sweeper):
