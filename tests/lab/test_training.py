@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from models import FAMILIES, attach
-from torch.utils.data import RandomSampler
 from transformers import Trainer, TrainerCallback
 
 from deltaexp import AutoDeltaConfig, AutoDeltaModel, registry
 from deltaexp.errors import ConfigError, RunError
-from deltaexp.lab import arguments, backbones, samplers, schema, training
+from deltaexp.lab import arguments, backbones, schema, training
 from deltaexp.lab.checkpoints import Checkpoints
 from deltaexp.lab.config import BackboneConfig, TrainerConfig
 from deltaexp.lab.hyperparameters import SCHEDULES
@@ -299,12 +298,6 @@ def test_a_compiler_is_asked_for(trainer_for: Make, monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler"):
         trainer_for({"delta_type": "lora"}, compile=True)
-
-
-def test_an_epochs_order_is_that_of_torchs_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "PART", 7)
-    plain = RandomSampler(range(50), generator=torch.Generator().manual_seed(3 + 2))
-    assert list(samplers.EpochSampler(RandomSampler(range(50)), 3, lambda: 2)) == list(plain)
 
 
 def test_training_that_diverges_is_stopped(trainer_for: Make) -> None:
