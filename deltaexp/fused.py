@@ -28,6 +28,7 @@ from deltaexp.hooks import add_parallel, add_weighted
 from deltaexp.layout import Rows
 from deltaexp.lazy import Layer
 from deltaexp.low_rank import DirectedLinear, LowRankLinear, ShiftedLinear, Update, exact, low_rank_linear, updated
+from deltaexp.shared_input import shared
 from deltaexp.speed import settings
 
 PLAIN = (torch.Tensor, nn.Parameter, FakeTensor)
@@ -137,8 +138,10 @@ def _computed(module: Any, x: torch.Tensor, layers: list[tuple[Any, Rows | None]
         updates, factors = _updates(x, layers, weight.dtype if cast or settings.delta_in_backbone_dtype else None)
         if not updates:
             return None
-        function = LowRankLinear.apply if torch.is_grad_enabled() else low_rank_linear
-        return function(x, weight, bias, tuple(updates), *factors)
+        if not torch.is_grad_enabled():
+            return low_rank_linear(x, weight, bias, tuple(updates), *factors)
+        x, gradient = shared(x)
+        return LowRankLinear.apply(x, weight, bias, gradient, tuple(updates), *factors)
     layer, rows = layers[0]
     if len(layers) > 1 or rows is not None or layer.batch_rows is not None or layer.drops or cast or not exact(weight):
         return None
@@ -149,7 +152,8 @@ def _computed(module: Any, x: torch.Tensor, layers: list[tuple[Any, Rows | None]
         return _directed(x, weight, bias, layer)
     if not torch.is_grad_enabled():
         return nn.functional.linear(x, weight + layer.delta(), bias)
-    return ShiftedLinear.apply(x, weight, bias, layer, *parameters)
+    x, gradient = shared(x)
+    return ShiftedLinear.apply(x, weight, bias, gradient, layer, *parameters)
 
 
 def _directed(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, layer: Any) -> torch.Tensor:
@@ -160,7 +164,8 @@ def _directed(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, 
     ratio = layer.ratio(directed)
     if not torch.is_grad_enabled():
         return nn.functional.linear(x, directed * ratio[:, None], bias)
-    return DirectedLinear.apply(x, weight, bias, directed, update, *factors, ratio)
+    x, gradient = shared(x)
+    return DirectedLinear.apply(x, weight, bias, gradient, directed, update, *factors, ratio)
 
 
 def _updates(

@@ -10,7 +10,8 @@ size of ``h``, and in the backward pass one more of the size of ``x``. For N row
 Both ways are the same to rounding. The second is taken only in the precision of the parameters: in half precision, or where
 products are computed in TF32, a small ``s B A`` would vanish in the rounding of the sum. In the backward pass are the products
 ``u = s g B``, ``grad_A = u^T x`` and ``grad_B = g^T z``, of which ``z`` is computed anew where it was not needed before; only
-``x``, the parameters and, in the first way, ``z`` are kept for it, and no gradient of ``W`` is computed.
+``x``, the parameters and, in the first way, ``z`` are kept for it, and no gradient of ``W`` is computed. Where other maps take
+the same ``x``, its gradients are added up by the products with ``W`` (`deltaexp.shared_input`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+
+from deltaexp.shared_input import InputGradient
 
 functional = nn.functional
 ADDS_BIAS = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -117,6 +120,16 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
     return functional.linear(x, weight, bias)
 
 
+def _no_view(out: torch.Tensor) -> torch.Tensor:
+    """Return a new tensor that is no view, as a product with a bias is: autograd lets nobody change one of these in place."""
+    return torch.ops.aten._unsafe_view(out, out.shape)
+
+
+def _product(g: torch.Tensor, weight: torch.Tensor, gradient: InputGradient | None) -> torch.Tensor:
+    """Return the gradient of ``x`` by way of a weight, added to those of other maps if there are some."""
+    return g @ weight if gradient is None else gradient.add(g, weight)
+
+
 def low_rank_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, updates: tuple[Update, ...], *factors: torch.Tensor
 ) -> torch.Tensor:
@@ -161,9 +174,11 @@ class LowRankLinear(torch.autograd.Function):
     """``x W^T + b`` and low-rank updates of some of the outputs: the factors follow, ``A`` and ``B`` of each update."""
 
     @staticmethod
-    def forward(ctx: Any, x: Any, weight: Any, bias: Any, updates: tuple[Update, ...], *factors: Any) -> Any:
+    def forward(
+        ctx: Any, x: Any, weight: Any, bias: Any, gradient: InputGradient | None, updates: tuple[Update, ...], *factors: Any
+    ) -> Any:
         """Compute the outputs ``(..., out_dim)`` of ``x (..., in_dim)``, and keep what the gradients need."""
-        ctx.updates = updates
+        ctx.gradient, ctx.updates = gradient, updates
         rows = x.shape[:-1].numel()
         ctx.can_be_whole = _can_be_whole(weight, updates, factors)
         inner: list[torch.Tensor] = []
@@ -174,7 +189,7 @@ class LowRankLinear(torch.autograd.Function):
             out, inner, masks = _separately(x, weight, bias, updates, factors)
         ctx.has_inner, ctx.has_bias = bool(inner), bias is not None
         ctx.save_for_backward(x, weight, *factors, *masks, *inner)
-        return out
+        return _no_view(out)
 
     @staticmethod
     def backward(ctx: Any, g: Any) -> Any:
@@ -182,14 +197,15 @@ class LowRankLinear(torch.autograd.Function):
         count = len(ctx.updates)
         x, weight, *rest = ctx.saved_tensors
         factors, masks, inner = rest[: 2 * count], rest[2 * count : 3 * count], rest[3 * count :]
+        gradient = ctx.gradient
         if torch.is_grad_enabled():
-            inner = []  # it would be a constant in the gradient of this
+            inner, gradient = [], None  # they would be constants in the gradient of this
         flat, g_flat = _rows(x), _rows(g)
-        needs_x, needs_factors = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
+        needs_x, needs_factors = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
         whole = ctx.can_be_whole and 2 * g.shape[-1] <= len(g_flat)
         grad_x = None
         if needs_x:
-            grad_x = g_flat @ (updated(weight, ctx.updates, factors) if whole else weight)
+            grad_x = _product(g_flat, updated(weight, ctx.updates, factors) if whole else weight, gradient)
         grads: list[torch.Tensor | None] = []
         for number, (update, dropped) in enumerate(zip(ctx.updates, _outer(flat, ctx.updates, masks), strict=True)):
             down, up = factors[2 * number : 2 * number + 2]
@@ -209,7 +225,8 @@ class LowRankLinear(torch.autograd.Function):
                 z = inner[number] if inner else _inner(dropped, down)
                 grad_up = ((z * update.scale).mT @ part).mT.contiguous()
             grads += [grad_down, grad_up]
-        return None if grad_x is None else grad_x.view(x.shape), None, None, None, *grads
+        own = None if grad_x is None or gradient is not None else grad_x.view(x.shape)  # what is shared has its own way
+        return own, None, None, None, None, *grads
 
 
 class DirectedLinear(torch.autograd.Function):
@@ -220,15 +237,18 @@ class DirectedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Any, weight: Any, bias: Any, directed: Any, update: Update, down: Any, up: Any, ratio: Any) -> Any:
+    def forward(
+        ctx: Any, x: Any, weight: Any, bias: Any, gradient: InputGradient | None, directed: Any, update: Update,
+        down: Any, up: Any, ratio: Any,
+    ) -> Any:  # fmt: skip
         """Compute the outputs ``(..., out_dim)`` of ``x (..., in_dim)``; ``directed`` is ``W + s B A``."""
         out = functional.linear(x, directed, bias)
         straight = out if bias is None else out - bias
         # In this form it is the output of W to the last bit where c is one.
         out = out * ratio if bias is None else out.addcmul_(straight, ratio - 1)
-        ctx.update, ctx.has_bias = update, bias is not None
+        ctx.gradient, ctx.update, ctx.has_bias = gradient, update, bias is not None
         ctx.save_for_backward(x, weight, down, up, ratio, straight)
-        return out
+        return _no_view(out)
 
     @staticmethod
     def backward(ctx: Any, g: Any) -> Any:
@@ -236,19 +256,20 @@ class DirectedLinear(torch.autograd.Function):
         x, weight, down, up, ratio, straight = ctx.saved_tensors
         flat, g_flat = _rows(x), _rows(g)
         directed = updated(weight, (ctx.update,), (down, up))
+        gradient = ctx.gradient
         if torch.is_grad_enabled():
-            straight = x @ directed.T  # kept, it would be a constant in the gradient of this
+            straight, gradient = x @ directed.T, None  # kept, they would be constants in the gradient of this
         grad_x = grad_down = grad_up = grad_ratio = None
         if ctx.needs_input_grad[0]:
-            grad_x = (g_flat @ (directed * ratio[:, None])).view(x.shape)
+            grad_x = _product(g_flat, directed * ratio[:, None], gradient).view(x.shape)
         scale = (ratio * ctx.update.scale)[:, None]
-        if ctx.needs_input_grad[5]:
-            grad_down = (g_flat @ (up * scale)).T @ flat
         if ctx.needs_input_grad[6]:
-            grad_up = (_inner(flat, down).T @ g_flat).T * scale
+            grad_down = (g_flat @ (up * scale)).T @ flat
         if ctx.needs_input_grad[7]:
+            grad_up = (_inner(flat, down).T @ g_flat).T * scale
+        if ctx.needs_input_grad[8]:
             grad_ratio = (g_flat * _rows(straight)).sum(0)
-        return grad_x, None, None, None, None, grad_down, grad_up, grad_ratio
+        return grad_x if gradient is None else None, None, None, None, None, None, grad_down, grad_up, grad_ratio
 
 
 class ShiftedLinear(torch.autograd.Function):
@@ -258,11 +279,11 @@ class ShiftedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Any, weight: Any, bias: Any, layer: Any, *parameters: Any) -> Any:
+    def forward(ctx: Any, x: Any, weight: Any, bias: Any, gradient: InputGradient | None, layer: Any, *parameters: Any) -> Any:
         """Compute the outputs ``(..., out_dim)`` of ``x (..., in_dim)``."""
-        ctx.layer = layer
+        ctx.gradient, ctx.layer = gradient, layer
         ctx.save_for_backward(x, weight, *parameters)
-        return functional.linear(x, weight + layer.delta(), bias)
+        return _no_view(functional.linear(x, weight + layer.delta(), bias))
 
     @staticmethod
     def backward(ctx: Any, g: Any) -> Any:
@@ -271,12 +292,14 @@ class ShiftedLinear(torch.autograd.Function):
         again = torch.is_grad_enabled()
         with torch.enable_grad():
             delta = ctx.layer.delta()
-        grad_x = g @ (weight + (delta if again else delta.detach())) if ctx.needs_input_grad[0] else None
+        gradient, grad_x = None if again else ctx.gradient, None
+        if ctx.needs_input_grad[0]:
+            grad_x = _product(_rows(g), weight + (delta if again else delta.detach()), gradient).view(x.shape)
         grads: list[Any] = [None] * len(parameters)
-        wanted = [number for number, needs in enumerate(ctx.needs_input_grad[4:]) if needs]
+        wanted = [number for number, needs in enumerate(ctx.needs_input_grad[5:]) if needs]
         if wanted:
             grad_delta = _rows(g).T @ _rows(x)
             found = torch.autograd.grad(delta, [parameters[number] for number in wanted], grad_delta, create_graph=again)
             for number, grad in zip(wanted, found, strict=True):
                 grads[number] = grad
-        return grad_x, None, None, None, *grads
+        return grad_x if gradient is None else None, None, None, None, None, *grads

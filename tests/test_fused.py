@@ -57,7 +57,7 @@ def test_gradients(number: int, rows: int, transposed: bool) -> None:
 
     def function(x: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(1)  # the same elements are dropped every time
-        return LowRankLinear.apply(x, weight, bias, updates, *factors)
+        return LowRankLinear.apply(x, weight, bias, None, updates, *factors)
 
     assert torch.autograd.gradcheck(function, (x, *factors), fast_mode=True)
     assert torch.autograd.gradgradcheck(function, (x, *factors), fast_mode=True)
@@ -76,7 +76,7 @@ def test_gradients_of_a_full_size_update(kind: str) -> None:
     x = torch.randn(2, 3, 6, dtype=torch.double, requires_grad=True)
 
     def function(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-        return ShiftedLinear.apply(x, weight, bias, layer, *parameters)
+        return ShiftedLinear.apply(x, weight, bias, None, layer, *parameters)
 
     assert torch.autograd.gradcheck(function, (x, *layer.parameters()))
     assert torch.autograd.gradgradcheck(function, (x, *layer.parameters()))
@@ -95,7 +95,7 @@ def test_gradients_of_a_directed_update(biased: bool, transposed: bool) -> None:
 
     def function(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
         directed = updated(weight, (update,), (down, up)).detach()
-        return DirectedLinear.apply(x, weight, bias, directed, update, down, up, ratio)
+        return DirectedLinear.apply(x, weight, bias, None, directed, update, down, up, ratio)
 
     given = [tensor.requires_grad_() for tensor in (x, down, up, ratio)]
     expected = torch.nn.functional.linear(x, ratio[:, None] * (weight + 0.5 * up @ down), bias)
@@ -231,6 +231,7 @@ def test_inputs_that_are_not_contiguous_and_outputs_changed_in_place() -> None:
     delta_on(net)
     check(net, torch.randn(8, 3, 5).transpose(0, 2), in_one=True)
     check(net, torch.randn(64, 8), in_one=True, run=lambda net, x: net(x).add_(1).relu_())
+    check(net, torch.randn(2, 64, 8), in_one=True, run=lambda net, x: net(x).add_(1).relu_())
     check(net, torch.randn(3, 8), in_one=True, run=lambda net, x: net(x).mul_(2))
 
 
