@@ -41,6 +41,12 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype, keep: bool) -> torch.Tensor:
     return found[1]
 
 
+def kept_cast(tensor: torch.Tensor) -> torch.Tensor | None:
+    """Return the cast that is kept of a tensor; None where there is none."""
+    found = getattr(tensor, CAST, None)
+    return None if found is None else found[1]
+
+
 def _forward(self: Any, x: torch.Tensor) -> torch.Tensor:
     """Compute what the class does, with kept casts under autocast."""
     kind = x.device.type

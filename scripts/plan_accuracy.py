@@ -66,10 +66,10 @@ def prepare(folder: Path) -> None:
             (data / f"{split}.jsonl").symlink_to(folder / f"{split}.jsonl")
 
 
-def words(folder: Path, backbone: str, delta_type: str, device: str, precision: str) -> list[str]:
+def words(folder: Path, backbone: str, delta_type: str, device: str, precision: str, speed: str) -> list[str]:
     """Return the overrides of a run."""
     return [
-        *(["trainer.cpu=true"] if device == "cpu" else []), f"trainer.precision={precision}",
+        *(["trainer.cpu=true"] if device == "cpu" else []), f"trainer.precision={precision}", f"trainer.speed={speed}",
         f"delta_type={delta_type}",
         "backbone=local", f"backbone.source={folder / backbone}", f"backbone.name={backbone}", "backbone.tokenizer=byt5",
         f"task={'sst2' if backbone == 'encoder' else 'dates'}", f"task.data={folder / f'{backbone}-data'}",
@@ -85,7 +85,7 @@ def peak(overrides: list[str]) -> int:
     import torch
 
     from deltaexp import AutoDeltaModel
-    from deltaexp.lab import backbones, schema, training
+    from deltaexp.lab import backbones, schema, speeding, training
     from deltaexp.lab import memory as measured
     from deltaexp.lab.checkpoints import Checkpoints
     from deltaexp.lab.tasks import data as task_data
@@ -103,10 +103,12 @@ def peak(overrides: list[str]) -> int:
     splits = kind.splits(data)
     with tempfile.TemporaryDirectory() as place:
         saved = Checkpoints(Path(place), 0)
-        trainer = training.build(config.trainer, delta_model, kind, splits, saved, {"data": 0, "dropout": 0}, [])
+        choice = speeding.choose(config, backbone.model)
+        trainer = training.build(choice.trainer, delta_model, kind, splits, saved, {"data": 0, "dropout": 0}, [])
         if config.trainer.cpu:
             measured.CLEAR.write_text("5")  # the high-water mark begins here
-        trainer.train_from(None)
+        with speeding.applied(choice, backbone.model):
+            trainer.train_from(None)
     return measured._status("VmHWM") - before if config.trainer.cpu else torch.cuda.max_memory_allocated()
 
 
@@ -126,7 +128,8 @@ def main() -> int:
     parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=list(BACKBONES))
     parser.add_argument("--glibc", action="store_true", help="measure with glibc's own settings as well")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16", "auto"), default="fp32")
+    parser.add_argument("--speed", choices=("off", "auto"), default="off", help="trainer.speed; with --precision auto")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--train", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -147,7 +150,7 @@ def main() -> int:
         )
         for backbone in options.backbones:
             for delta_type in options.types:
-                overrides = words(folder, backbone, delta_type, options.device, options.precision)
+                overrides = words(folder, backbone, delta_type, options.device, options.precision, options.speed)
                 memory = plan.make(*schema.composed(overrides)).memory
                 planned = sum(memory["cpu" if options.device == "cpu" else "gpu"].training.values())
                 command = [str(Path(__file__).resolve()), "--train", *overrides]

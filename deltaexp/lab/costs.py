@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,11 +12,12 @@ import torch
 from torch import nn
 
 from deltaexp.errors import ConfigError
-from deltaexp.lab import arguments, estimate, smoothing
+from deltaexp.lab import arguments, estimate, smoothing, speeding
 from deltaexp.lab.blueprint import Blueprint
 from deltaexp.lab.config import RunConfig, TrainerConfig
 from deltaexp.lab.estimate import Dry, Execution, Forward
 from deltaexp.lab.hyperparameters import OPTIMIZERS
+from deltaexp.lab.speeding import Choice
 from deltaexp.lab.tasks.kinds import text
 from deltaexp.lab.tasks.kinds.base import position_limit
 from deltaexp.lab.trainer import Trainer, TrainingArguments
@@ -119,18 +121,29 @@ def batch(dry: Dry, drawn: Blueprint, sizes: Mapping[str, int], rows: int) -> di
     return made | {"labels": dry.empty(labels, torch.long)}
 
 
-def precision(trainer: TrainerConfig, device: str) -> str:
-    """Return what is computed in on a device; on a GPU ``auto`` is taken to mean one that has bf16."""
-    if trainer.precision == "auto" or (trainer.precision == "fp16" and device == "cpu"):
-        return "bf16" if device == "gpu" else "fp32"
-    return trainer.precision
+def computed(config: RunConfig, drawn: Blueprint, device: str) -> Choice:
+    """Return how a run computes on a device: on a GPU with bf16, or on the CPU of this machine.
+
+    Args:
+        config: The run.
+        drawn: Its backbone.
+        device: ``gpu`` or ``cpu``.
+    """
+    trainer = dataclasses.replace(config.trainer, cpu=device == "cpu")
+    if device == "gpu":
+        return Choice(dataclasses.replace(trainer, precision="bf16") if trainer.precision == "auto" else trainer)
+    if trainer.precision == "fp16":
+        return Choice(dataclasses.replace(trainer, precision="fp32"))  # a CPU does not train in it
+    if drawn.packed:
+        trainer = dataclasses.replace(trainer, speed="off")  # for a quantised backbone nothing is chosen
+    return speeding.choose(dataclasses.replace(config, trainer=trainer), drawn.model)
 
 
-def find(trainer: TrainerConfig, delta_model: DeltaModel, drawn: Blueprint, sizes: Mapping[str, int]) -> Costs:
+def find(config: RunConfig, delta_model: DeltaModel, drawn: Blueprint, sizes: Mapping[str, int]) -> Costs:
     """Return what the steps of a run take. The model cannot be used afterwards.
 
     Args:
-        trainer: How it is trained.
+        config: The run.
         delta_model: What is trained, frozen as it should be, on a backbone without weights.
         drawn: That backbone.
         sizes: Of a batch, from `batch_sizes`.
@@ -138,7 +151,7 @@ def find(trainer: TrainerConfig, delta_model: DeltaModel, drawn: Blueprint, size
     Raises:
         ConfigError: If the backbone cannot do gradient checkpointing, which is asked for.
     """
-    model, found = drawn.model, Costs()
+    model, trainer, found = drawn.model, config.trainer, Costs()
     again = arguments.checkpointing(trainer, model)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False  # as the Trainer does
@@ -148,11 +161,6 @@ def find(trainer: TrainerConfig, delta_model: DeltaModel, drawn: Blueprint, size
         enable({"use_reentrant": False, "preserve_rng_state": False})
     if trainer.compile:
         found.remarks.append("torch.compile fuses operations and may keep less than is told here, where nothing is compiled.")
-    if trainer.speed == "auto" and trainer.precision == "auto":
-        found.remarks.append(
-            "trainer.speed=auto computes in bf16 on a CPU that has it, which keeps less than is told here, in fp32; the casts "
-            "of the frozen weights take half of their memory again."
-        )
     if trainer.sharding:
         found.remarks.append(f"trainer.sharding={trainer.sharding}: told is what a process holds that has all of the weights.")
     if drawn.packed:
@@ -165,11 +173,19 @@ def find(trainer: TrainerConfig, delta_model: DeltaModel, drawn: Blueprint, size
     forward, optimizer = _forward(trainer, delta_model), _optimizer(trainer)
     try:
         for device in estimate.DEVICES:
-            kind = precision(trainer, device)
+            choice = computed(config, drawn, device)
+            if choice.reasons:
+                found.remarks.append(
+                    f"speed={trainer.speed} on the {device.upper()} of this machine: {'; '.join(choice.reasons)}."
+                )
+            kind = choice.trainer.precision
             how = Execution(device, AUTOCAST[kind], trainer.gradient_accumulation_steps, trainer.max_grad_norm)
-            cost = dry.train_step(forward, batch(dry, drawn, sizes, sizes["rows"]), how, optimizer, flops=device == "cpu")
+            with speeding.applied(dataclasses.replace(choice, memory=False), model):
+                # First the evaluation, with which casts that are kept begin to be there.
+                largest = dry.evaluation(forward, batch(dry, drawn, sizes, trainer.eval_batch_size), how)
+                rows = batch(dry, drawn, sizes, sizes["rows"])
+                cost = dry.train_step(forward, rows, how, optimizer, flops=device == "cpu")
             states = cost.peak.get(estimate.STATES, 0)
-            largest = dry.evaluation(forward, batch(dry, drawn, sizes, trainer.eval_batch_size), how)
             found.memory[device] = Memory(
                 kind, cost.peak, cost.during, cost.saved, cost.gradients, largest + states, 2 * held + states
             )

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from deltaexp import casting
 from deltaexp.lab.as_on_gpu import as_on_gpu, widened
 from deltaexp.model import DeltaModel
 
@@ -34,9 +35,9 @@ aten = torch.ops.aten
 
 DEVICES = ("cpu", "gpu")
 WEIGHTS, ORIGINALS, INPUTS = "weights", "original values of what is trained in place", "batch"
-GRADIENTS, STATES = "gradients", "optimizer states"
+CASTS, GRADIENTS, STATES = "kept casts of frozen weights", "gradients", "optimizer states"
 ACTIVATIONS, LOGITS, TEMPORARY = "activations saved for backward", "logits", "temporary"
-KINDS = (WEIGHTS, ORIGINALS, STATES, GRADIENTS, ACTIVATIONS, LOGITS, TEMPORARY, INPUTS)
+KINDS = (WEIGHTS, CASTS, ORIGINALS, STATES, GRADIENTS, ACTIVATIONS, LOGITS, TEMPORARY, INPUTS)
 CUBLAS = 32 << 20
 """Bytes that cuBLAS takes for itself through PyTorch's allocator: 4096 KiB twice and 16 KiB eight times (":4096:2:16:8") before
 Hopper, 32 MiB from it on (PyTorch, "CUBLAS_WORKSPACE_CONFIG"). The larger is counted."""
@@ -147,11 +148,18 @@ def _flash_backward_flops(grad_out: Any, query: Any, key: Any, value: Any, *_: A
     return sdpa_backward_flop_count(grad_out, query, key, value)
 
 
+def _no_flops(*_: Any, **__: Any) -> int:
+    return 0
+
+
 FORMULAS = {
     aten._scaled_dot_product_flash_attention_for_cpu: _flash_flops,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _flash_backward_flops,
+    # Not to be taken apart, as the counter else does with what it does not know: a kernel computes each in one.
+    aten.silu_backward.default: _no_flops,
+    aten.mish_backward.default: _no_flops,
 }
-"""The FLOPs of the CPU's attention, which PyTorch counts for the GPU's kernels only."""
+"""The FLOPs of the CPU's attention, which PyTorch counts for the GPU's kernels only, and of what has none."""
 
 
 class Dry:
@@ -299,6 +307,8 @@ class Dry:
         gc.collect()
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             held.note(tensor, WEIGHTS, self.packed.get(id(tensor)))
+            if (cast := casting.kept_cast(tensor)) is not None:
+                held.note(cast, CASTS)
         for tensor in self.extra:
             held.note(tensor, ORIGINALS)
         for tensor in batch.values():

@@ -129,7 +129,7 @@ def make(config: RunConfig, delta_config: DeltaConfig, sizes: Sizes | None = Non
     if batch.get("choices") and len(config.task.choices) < 2:
         plan.remarks.append(f"How many answers a row has to choose from is read from the data: {costs.CHOICES} are assumed.")
     plan.left_out = shortcuts.planned(config, delta_model)
-    found = costs.find(config.trainer, delta_model, drawn, batch)
+    found = costs.find(config, delta_model, drawn, batch)
     plan.memory, plan.flops = found.memory, found.flops
     if plan.flops and plan.steps:
         plan.flops["run"] = plan.flops["step"] * plan.steps

@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
-from deltaexp import speed
+from deltaexp import casting, speed
 from deltaexp.lab import estimate
-from deltaexp.lab.estimate import ACTIVATIONS, CUBLAS, GRADIENTS, STATES, TEMPORARY, WEIGHTS, Dry, Execution
+from deltaexp.lab.estimate import ACTIVATIONS, CASTS, CUBLAS, GRADIENTS, STATES, TEMPORARY, WEIGHTS, Dry, Execution
 
 ROWS, DIMS = 64, (8, 32, 16, 4)
 
@@ -74,6 +74,17 @@ def test_half_precision_keeps_half() -> None:
     assert cost(stack((0, 1, 2)), (4096, DIMS[0]), autocast=torch.bfloat16).saved < 0.7 * cost(model, (4096, DIMS[0])).saved
 
 
+def test_kept_casts_are_told_apart() -> None:
+    model = stack((2,))
+    dry, how = Dry(model), Execution(autocast=torch.bfloat16)
+    batch = {"x": dry.empty((ROWS, DIMS[0]), torch.float32)}
+    with casting.kept(model):
+        dry.evaluation(lambda x: (None, model(x)), batch, how)
+        found = dry.train_step(lambda x: (model(x).sum(), None), batch, how)
+    assert found.peak[CASTS] == 2 * sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    assert not hasattr(model[0].weight, casting.CAST)
+
+
 class Attending(nn.Module):
     """An attention with dropout, as models have it."""
 
@@ -121,9 +132,10 @@ def test_tied_weights_are_counted_once() -> None:
     assert Dry(model).weights() == 4 * 8 * 8
 
 
-def test_the_peak_is_that_of_a_real_step() -> None:
+@pytest.mark.parametrize("activation", [nn.GELU, nn.SiLU, nn.Mish])
+def test_the_peak_is_that_of_a_real_step(activation: type[nn.Module]) -> None:
     def network() -> nn.Module:
-        layers = [nn.Linear(128, 512), nn.GELU(), nn.LayerNorm(512), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 128)]
+        layers = [nn.Linear(128, 512), activation(), nn.LayerNorm(512), nn.Linear(512, 512), activation(), nn.Linear(512, 128)]
         model = nn.Sequential(*layers)
         model[0].requires_grad_(False)
         return model

@@ -12,9 +12,9 @@ from models import slow_but
 from deltaexp import AutoDeltaModel, registry
 from deltaexp.__main__ import main
 from deltaexp.errors import AddressingError, ConfigError, DeltaExpError
-from deltaexp.lab import backbones, blueprint, plan, schema
+from deltaexp.lab import backbones, blueprint, plan, schema, speeding
 from deltaexp.lab.costs import Sizes
-from deltaexp.lab.estimate import WEIGHTS
+from deltaexp.lab.estimate import CASTS, WEIGHTS
 from deltaexp.lab.plan import Plan
 
 SMALL = ["trainer.batch_size=4", "trainer.eval_batch_size=4", "task.max_source_length=16", "task.max_target_length=8"]
@@ -137,6 +137,21 @@ def test_checkpoints_of_activations_cost_flops_and_save_memory(configs: dict[str
     assert again.memory["cpu"].saved_for_backward < kept.memory["cpu"].saved_for_backward
     assert again.flops["backward"] > kept.flops["backward"]
     assert again.flops["forward"] == kept.flops["forward"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_what_speed_chooses_is_told(multiplies: bool, configs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speeding, "multiplies_bf16", lambda: multiplies)
+    off, auto = (planned(configs["llama"], f"trainer.speed={speed}", "trainer.precision=auto") for speed in ("off", "auto"))
+    before, after = off.memory["cpu"], auto.memory["cpu"]
+    assert (before.precision, after.precision) == ("fp32", "bf16" if multiplies else "fp32")
+    assert any("on the CPU of this machine: " + after.precision in remark for remark in auto.remarks)
+    assert (after.saved_for_backward < before.saved_for_backward) == multiplies
+    vocabulary = json.loads((configs["llama"] / "config.json").read_text("utf-8"))["vocab_size"]
+    # Of 2 blocks: q and o of 32 x 32, k and v of 32 x 16, three of the feed-forward of 32 x 64; and the head.
+    assert after.training.get(CASTS, 0) == (2 * (2 * (2 * 1024 + 2 * 512 + 3 * 2048) + 32 * vocabulary) if multiplies else 0)
+    assert off.memory["gpu"] == auto.memory["gpu"]
 
 
 @pytest.mark.slow
