@@ -152,10 +152,13 @@ def _separately(
     if len(updates) == 1 and factors[1].dim() == 3 and updates[0].part is None and not updates[0].dropout:
         down, up = factors
         if x.device.type == "cpu" and up.dtype == weight.dtype == torch.float32 and flat.numel():
-            # The product with W is added to the rest, which comes in the place of copies of the bias.
-            z, right = _inner(flat, down), up.mT.contiguous()
-            rest = (z * updates[0].scale) @ right if bias is None else torch.baddbmm(bias, z, right, alpha=updates[0].scale)
-            out = rest.view(len(flat), len(weight)).addmm_(flat, weight.T)
+            # The product with W is added to the rest, and the bias is one more rank, which spares its copies.
+            z = _inner(flat, down)
+            left, right = z * updates[0].scale, up.mT
+            if bias is not None:
+                left = torch.cat([left, left.new_ones(*left.shape[:-1], 1)], dim=-1)
+                right = torch.cat([right, bias.expand(len(right), 1, -1)], dim=1)
+            out = (left @ right.contiguous()).view(len(flat), len(weight)).addmm_(flat, weight.T)
             return out.view(*x.shape[:-1], len(weight)), [z], [None]
     out = _linear(x, weight, bias)
     matrix = out.view(len(flat), out.shape[-1])
@@ -213,7 +216,7 @@ class LowRankLinear(torch.autograd.Function):
             part = part.reshape(*part.shape[: up.dim() - 1], up.shape[-2]).to(up.dtype)
             grad_down = grad_up = None
             if needs_factors[2 * number] or (needs_x and not whole):
-                u = part @ up.mT.contiguous().mT * update.scale
+                u = part @ up * update.scale
                 if needs_factors[2 * number]:
                     grad_down = u.mT @ _for(dropped, down).to(down.dtype)
                 if grad_x is not None and not whole:
