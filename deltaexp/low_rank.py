@@ -216,17 +216,19 @@ class LowRankLinear(torch.autograd.Function):
             part = part.reshape(*part.shape[: up.dim() - 1], up.shape[-2]).to(up.dtype)
             grad_down = grad_up = None
             if needs_factors[2 * number] or (needs_x and not whole):
-                u = part @ up * update.scale
+                u = part @ up
                 if needs_factors[2 * number]:
-                    grad_down = u.mT @ _for(dropped, down).to(down.dtype)
+                    grad_down = u.mT @ _for(dropped, down).to(down.dtype) * update.scale
                 if grad_x is not None and not whole:
                     if update.dropout:
-                        grad_x.add_(u @ down * masks[number], alpha=1 / (1 - update.dropout))
+                        grad_x.add_(u @ down * masks[number], alpha=update.scale / (1 - update.dropout))
+                    elif gradient is not None and u.dim() == 2 and u.dtype == grad_x.dtype:
+                        gradient.add_later(u, down * update.scale)
                     else:
-                        _add_product(_for(grad_x, down), u, down)
+                        _add_product(_for(grad_x, down), u, down, update.scale)
             if needs_factors[2 * number + 1]:
                 z = inner[number] if inner else _inner(dropped, down)
-                grad_up = ((z * update.scale).mT @ part).mT.contiguous()
+                grad_up = (z.mT @ part).mT.contiguous() * update.scale
             grads += [grad_down, grad_up]
         own = None if grad_x is None or gradient is not None else grad_x.view(x.shape)  # what is shared has its own way
         return own, None, None, None, None, *grads

@@ -22,18 +22,32 @@ class InputGradient:
     def __init__(self) -> None:
         self._pass = -1
         self._sum: torch.Tensor | None = None
+        self._later: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def add(self, g: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Add ``g W`` to the sum, and return it, shape ``(rows, in_dim)``; what is added to that in place counts as well."""
-        so_far = self.take()
-        self._pass = torch._C._current_graph_task_id()
-        self._sum = g @ weight if so_far is None else so_far.addmm_(g, weight)
+        self._begin()
+        self._sum = g @ weight if self._sum is None else self._sum.addmm_(g, weight)
         return self._sum
 
+    def add_later(self, u: torch.Tensor, down: torch.Tensor) -> None:
+        """Add ``u A`` to the sum, ``u`` of shape ``(rows, r)``, in one product with those of the other maps."""
+        self._later.append((u, down))
+
     def take(self) -> torch.Tensor | None:
-        """Return the sum, and none of it from now on; what another backward pass has left, which did not need it, is gone."""
-        found, self._sum = self._sum, None
-        return found if self._pass == torch._C._current_graph_task_id() else None
+        """Return the sum, of which nothing is left."""
+        self._begin()
+        found, later = self._sum, self._later
+        self._sum, self._later = None, []
+        if found is not None and later:
+            found.addmm_(torch.cat([u for u, _ in later], dim=1), torch.cat([down for _, down in later]))
+        return found
+
+    def _begin(self) -> None:
+        """Forget what another backward pass has left, which did not need the sum."""
+        current = torch._C._current_graph_task_id()
+        if self._pass != current:
+            self._pass, self._sum, self._later = current, None, []
 
 
 class _Entry(torch.autograd.Function):

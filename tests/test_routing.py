@@ -98,7 +98,7 @@ def test_gradients_reach_the_deltas_used_and_are_theirs(name: str) -> None:
         expected |= gradients(rows)
     assert routed.keys() == expected.keys()
     for parameter, gradient in expected.items():
-        torch.testing.assert_close(routed[parameter], gradient, rtol=1e-4, atol=1e-5, msg=parameter)
+        torch.testing.assert_close(routed[parameter], gradient, rtol=1e-4, atol=5e-5, msg=parameter)
     unused.detach()
 
 
