@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,14 @@ def test_a_digest_is_that_of_the_bytes(algorithm: str, library: Callable) -> Non
     assert digests(tensors, algorithm) == {name: tensor_digest(value, algorithm) for name, value in tensors.items()}
     assert digests(tensors, algorithm)["part"].value == library(large[1].numpy().tobytes()).hexdigest()
     assert compare(digests(tensors), digests(tensors, algorithm)).value == ([] if algorithm == "blake3" else list(tensors))
+
+
+@pytest.mark.parametrize("cores", [None, 1, 5])
+def test_any_number_of_cores(cores: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {str(number): torch.randn(checksum.SMALL // 8) for number in range(3)}
+    expected = {name: tensor_digest(value) for name, value in tensors.items()}
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert digests(tensors) == expected
 
 
 def test_what_goes_wrong_in_another_thread_is_raised() -> None:
