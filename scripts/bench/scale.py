@@ -10,8 +10,8 @@
 ``data``    the memory that is the process's own (not of files that are mapped into memory, which the system takes back when it
             needs room) while the lab reads and tokenises a set, and draws an epoch's order, against the number of rows.
 
-Writes ``results.json``, ``results.txt`` and, where matplotlib is installed, ``results.png`` to ``--out``. About ten minutes of
-two cores.
+Writes ``results.json``, ``results.txt`` and, where matplotlib is installed, ``results.png`` to ``--out``. About a quarter
+of an hour of two cores.
 """
 
 from __future__ import annotations
