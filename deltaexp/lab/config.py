@@ -209,7 +209,7 @@ class SweepConfig:
     """What its folder below ``outputs/multirun`` begins with; null takes the experiment's name."""
     joint: str = "off"
     """``auto``: jobs that differ in nothing but their deltas, seeds and optimizers are trained in one, on the same backbone at
-    once, where that measures faster; their deltas are those of separate runs to rounding. ``off``: to the last bit."""
+    once, where that measures faster; a step is then that of a separate run to rounding. ``off``: to the last bit."""
 
 
 @dataclass

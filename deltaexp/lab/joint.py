@@ -1,6 +1,6 @@
 """Several runs trained in one: their batches, side by side, in every forward and backward pass of one backbone.
 
-Each run goes on as if it were alone, in a thread of its own (`deltaexp.lab.turns`), up to its training. There it puts its delta
+Each run goes on as if it were alone (`deltaexp.lab.turns`), up to its training. There it puts its delta
 aside, so that the next can begin on the same backbone. When all are there, the deltas are attached together, and whenever each
 run has a batch, the backbone computes all batches as one (`deltaexp.lab.joint_step`). The losses are the runs' own, and the
 gradients of their logits go back through the backbone together. Optimizers, schedules, evaluations and checkpoints are each
@@ -246,11 +246,11 @@ class Team:
             live = [seat for seat in live if not (seat.turns.over or asked[seat] == TRAINED)]
             given = {seat: asked[seat] for seat in live}
             _set_trained(live, True)
+            start = time.perf_counter()
             if first and live and not self._worth_it(backbone, given):
                 self._one_by_one(live)
                 return
             first = False
-            start = time.perf_counter()
             if live and step is None:
                 step = joint_step.forward(backbone, given)
                 answers = {seat: step.logits[place].detach().requires_grad_() for seat, place in step.places.items()}

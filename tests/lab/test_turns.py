@@ -1,6 +1,7 @@
 """Functions that take turns, each as if it were alone."""
 
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -55,6 +56,9 @@ def test_what_one_raises_and_what_is_raised_in_it() -> None:
     assert isinstance(one.error, KeyboardInterrupt)
     assert ended == ["tidied"]
     one.stop()  # changes nothing
+    stopped = Turns(lambda: signal.raise_signal(signal.SIGINT))  # Ctrl-C while it is at work
+    with pytest.raises(KeyboardInterrupt):
+        stopped.resume()
     never = Turns(work)
     never.stop()
     assert not never.over

@@ -10,10 +10,10 @@ import contextlib
 import dataclasses
 import logging
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -30,6 +30,8 @@ from deltaexp.registry import DeltaConfig
 if TYPE_CHECKING:
     from deltaexp.lab.sharing import Shared
 
+LOGGED: ContextVar[IO[str] | None] = ContextVar("LOGGED", default=None)
+"""The log of the job that is at work; jobs that are trained in one have a context each (`deltaexp.lab.turns`)."""
 LOG = "deltaexp.log"
 """The log of a job, in its folder; Hydra's logging writes to a file of this name, too."""
 
@@ -120,16 +122,18 @@ def execute(job: Job, shared: Shared | None = None) -> Result:
 @contextlib.contextmanager
 def _logging_to(log: IO[str]) -> Iterator[None]:
     """Have Python's log written to a job's, unless Hydra has done so already."""
-    root, handler, thread = logging.getLogger(), logging.StreamHandler(log), threading.get_ident()
-    handler.addFilter(lambda line: line.thread == thread)  # jobs that are trained in one have a thread each
+    root, handler = logging.getLogger(), logging.StreamHandler(log)
+    handler.addFilter(lambda _: LOGGED.get() is log)
     handler.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"))
     needed = not any(isinstance(other, logging.FileHandler) for other in root.handlers)
     if needed:
         root.addHandler(handler)
     guard_logs()
+    token = LOGGED.set(log)
     try:
         yield
     finally:
+        LOGGED.reset(token)
         root.removeHandler(handler)
 
 
