@@ -18,8 +18,8 @@ from deltaexp.lab.tasks.kinds.base import IGNORED
 from deltaexp.model import DeltaModel
 from deltaexp.routing import route
 
-FASTER = 0.95
-"""What part of the time of separate steps a joint one may take, to be worth what differs in rounding."""
+FASTER = 0.9
+"""What part of the time of separate steps a joint one may take, to be worth what differs in rounding, and the trial."""
 ROUNDS = 3
 """How often both are timed."""
 Batch = dict[str, torch.Tensor]
