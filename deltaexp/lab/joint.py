@@ -243,7 +243,7 @@ class Team:
         share, step, first = 0.0, None, True
         while live:
             asked = {seat: self._go_on(seat, answers[seat], share) for seat in live}
-            live = [seat for seat in live if not (seat.turns.over or asked[seat] == TRAINED)]
+            live = [seat for seat in live if not (seat.turns.over or isinstance(asked[seat], str))]
             given = {seat: asked[seat] for seat in live}
             _set_trained(live, True)
             start = time.perf_counter()

@@ -113,8 +113,7 @@ class Shared:
 
     def put_aside(self, delta_model: DeltaModel) -> bool:
         """Take a run's delta out of the backbone, for another run to use that; say whether it is as it was when it was lent."""
-        if self._lent is None:
-            return False
+        assert self._lent is not None
         delta_model.detach()
         self._kept, self._lent = self._lent, None
         self._kept[1].model.to(self._kept[2].device)
