@@ -54,7 +54,18 @@ def _board(board: Board, numbers: Mapping[Any, int]) -> dict[str, Any]:
         "methods": [_method(method, numbers) for method in board.methods],
         "pairs": [_pair(pair, places, board) for pair in board.pairs],
         "repeats": [numbers[run.folder] for run in board.repeats],
+        "computed": _computed(board),
     }
+
+
+def _computed(board: Board) -> dict[str, list[str]]:
+    """Return for each way of leaving something out the methods of which a run was computed so."""
+    found: dict[str, dict[str, None]] = {}
+    for method in board.methods:
+        for run in method.runs:
+            for way in run.computed:
+                found.setdefault(way, {})[method.label] = None
+    return {way: list(labels) for way, labels in found.items()}
 
 
 def _method(method: Method, numbers: Mapping[Any, int]) -> dict[str, Any]:
@@ -154,6 +165,9 @@ def sentences(board: Mapping[str, Any]) -> list[str]:
             lines.append(text.format(listing(told[key]), split=board["split"]))
     if told["reason"]:
         lines.append(f"A comparison {told['reason']}." if told["reason"].startswith("cannot") else told["reason"])
+    for way, labels in board["computed"].items():
+        of = "all" if len(labels) == len(board["methods"]) else listing(labels, 8)
+        lines.append(f"Seconds and memory of {of}: with {way}.")
     return lines
 
 
@@ -175,6 +189,7 @@ def _run(run: Run) -> dict[str, Any]:
         "trainable": run.trainable,
         "memory": run.memory,
         "seconds": run.seconds,
+        "computed": run.computed,
         "size": run.size,
         "steps": results.get("steps"),
         "digest": run.digest,

@@ -94,6 +94,18 @@ class Run:
         return next((found[name] for name in ("cuda", "training", "process") if name in found), None)
 
     @property
+    def computed(self) -> list[str]:
+        """What its seconds and its memory owe to not computing everything anew, or not for itself alone."""
+        short, speed = self.results.get("shortcuts") or {}, self.results.get("speed") or {}
+        told = {
+            "kept activations of frozen blocks": short.get("while_training"),
+            "the first token only in the last block": short.get("first_token_only"),
+            "trainer.speed=auto": speed.get("asked") == "auto",
+            "other runs trained in the same steps": self.results.get("trained_together"),
+        }
+        return [way for way, applies in told.items() if applies]
+
+    @property
     def digest(self) -> str:
         """The sha256 of the delta's weights."""
         return self.results["digests"][WEIGHTS]

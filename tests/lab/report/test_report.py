@@ -121,3 +121,29 @@ def test_a_sweep_ends_in_a_report(small_bert: Path, small_reviews: Path, tmp_pat
     assert all(method["pscp"] is not None for method in board["methods"])
     assert len(values["commands"]) == 1
     assert all(run["command"] is not None and "delta_type=" in run["command"] for run in values["runs"])
+
+
+def test_what_was_left_out_is_told(study: Path, tmp_path: Path) -> None:
+    """Seconds and memory of runs that did not compute everything are not those of runs that did."""
+    folder = tmp_path / "study"
+    shutil.copytree(study, folder)
+    told = {
+        "lora-1": {"trained_together": {"runs": 2, "time": 0.7}},
+        "bitfit-1": {"shortcuts": {"while_training": True, "frozen_blocks": 4, "first_token_only": True}},
+    }
+    for path in folder.glob("*/delta/results.json"):
+        results = json.loads(path.read_text())
+        for old in ("shortcuts", "trained_together"):  # of an older version
+            results.pop(old, None)
+        results["speed"] = {"asked": "auto"}
+        path.write_text(json.dumps(results | told.get(path.parent.parent.name, {})))
+    console = Console(file=io.StringIO(), width=200)
+    report.write(folder, console)
+    printed = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    assert "Seconds and memory of all: with trainer.speed=auto." in printed
+    assert "Seconds and memory of lora: with other runs trained in the same steps." in printed
+    assert "Seconds and memory of bitfit: with kept activations of frozen blocks." in printed
+    assert "Seconds and memory of bitfit: with the first token only in the last block." in printed
+    assert "Seconds and memory of bitfit: with kept activations" in (folder / "report.html").read_text()
+    values = json.loads((folder / "report.json").read_text())
+    assert {run["name"]: run["computed"] for run in values["runs"]}["none-1"] == ["trainer.speed=auto"]
