@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small
 import torch
 from safetensors.torch import load_file
 from test_recovery import SMALL, digests, losses
@@ -17,20 +18,29 @@ from deltaexp.lab.joint import Team
 from deltaexp.lab.run import Outcome, run
 from deltaexp.lab.sharing import Shared
 
-TINY = [*SMALL, "trainer.batch_size=4", "trainer.max_steps=5", "trainer.log_every=1", "trainer.save_every=0"]
+QUIET = ["trainer.batch_size=4", "trainer.log_every=1", "trainer.save_every=0", "trainer.progress=false"]
+TINY = [*SMALL, *QUIET, "trainer.max_steps=5"]
 TOGETHER, ONE_BY_ONE = 1e9, 0.0
 
 
-def go(folder: Path, words: Sequence[str], shared: Shared | None = None, resume: bool = False) -> Outcome:
-    config, delta = schema.composed([*TINY, *words, f"resume={resume}"])
+def go(
+    folder: Path, words: Sequence[str], shared: Shared | None = None, resume: bool = False, usual: Sequence[str] = TINY
+) -> Outcome:
+    config, delta = schema.composed([*usual, *words, f"resume={resume}"])
     return run(config, delta, folder, shared=shared)
 
 
-def team(folder: Path, jobs: Sequence[Sequence[str]], faster: float, monkeypatch: pytest.MonkeyPatch) -> tuple[list, list[str]]:
+def team(
+    folder: Path,
+    jobs: Sequence[Sequence[str]],
+    faster: float,
+    monkeypatch: pytest.MonkeyPatch,
+    usual: Sequence[str] = TINY,
+) -> tuple[list, list[str]]:
     """Do runs as a team, whatever is faster; return their outcomes, and what was said."""
     monkeypatch.setattr(joint_step, "FASTER", faster)
     said: list[str] = []
-    works: list[Any] = [partial(go, folder / f"joint{number}", words) for number, words in enumerate(jobs)]
+    works: list[Any] = [partial(go, folder / f"joint{number}", words, usual=usual) for number, words in enumerate(jobs)]
     shared = Shared()
     found = dict(Team(works, shared, said.append).go())
     assert shared.loads == 1
@@ -89,6 +99,27 @@ def test_half_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     for number, words in enumerate(jobs):
         assert found[number].results["trained_together"]["runs"] == 2
         close(found[number], go(tmp_path / f"alone{number}", words), 0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [["task=wikitext", "task.max_source_length=16"], ["task=sst2", "task.answer=text"]])
+def test_decoders(
+    words: list[str],
+    backbone_folders: dict[str, Path],
+    small_reviews: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = small_reviews
+    if words[0] == "task=wikitext":
+        data = small.table(tmp_path / "texts", [{"text": "a good film " * (3 + row % 4)} for row in range(40)])
+    common = ["backbone=local", f"backbone.source={backbone_folders['llama']}", f"task.data={data}", "task.test_split=null"]
+    jobs = [[*common, *words, "delta_type=lora", f"seed={seed}"] for seed in (1, 2)]
+    found, said = team(tmp_path, jobs, TOGETHER, monkeypatch, ["trainer=smoke", "trainer.max_steps=4", *QUIET])
+    assert "together" in said[0]
+    for number, one in enumerate(jobs):
+        assert found[number].results["trained_together"]["runs"] == 2
+        close(found[number], go(tmp_path / f"alone{number}", one, usual=["trainer=smoke", "trainer.max_steps=4", *QUIET]), 1e-3)
 
 
 @pytest.mark.slow
