@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from deltaexp import LoraModel, shared_input, speed
+from deltaexp import LoraModel, casting, shared_input, speed
 
 
 class Attention(nn.Module):
@@ -116,7 +116,10 @@ def test_autocast() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             return net(x)
 
-    check(net_with_delta(), [1, 1, 1], run=run, tolerance=0.05)
+    net = net_with_delta()
+    check(net, [1, 1, 1], run=run, tolerance=0.05)
+    with casting.kept(net):
+        check(net, [3], run=run, tolerance=0.05)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
