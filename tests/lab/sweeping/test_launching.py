@@ -139,7 +139,7 @@ def test_slurm(tmp_path: Path) -> None:
     reason = slurm()
     if reason is not None:
         pytest.skip(reason)
-    long = ["trainer.max_steps=300", "trainer.save_every=5"]
+    long = ["trainer.max_steps=900", "trainer.save_every=5"]
     finish(sweep(tmp_path / "alone", "seed=1", *long))
     ((undisturbed),) = record.read(tmp_path / "alone").values()
 
