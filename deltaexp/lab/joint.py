@@ -1,10 +1,10 @@
 """Several runs trained in one: their batches, side by side, in every forward and backward pass of one backbone.
 
-Each run goes on as if it were alone (`deltaexp.lab.turns`), up to its training. There it puts its delta
-aside, so that the next can begin on the same backbone. When all are there, the deltas are attached together, and whenever each
-run has a batch, the backbone computes all batches as one (`deltaexp.lab.joint_step`). The losses are the runs' own, and the
-gradients of their logits go back through the backbone together. Optimizers, schedules, evaluations and checkpoints are each
-run's own, as ever. So a delta differs from that of a separate run by rounding only.
+Each run goes on as if it were alone (`deltaexp.lab.turns`), up to its training. There it puts its delta aside, so that the
+next can begin on the same backbone. When all are there, the deltas are attached together, and whenever each run has a batch,
+the backbone computes all batches as one (`deltaexp.lab.joint_step`). The losses are the runs' own, and the gradients of their
+logits go back through the backbone together. Optimizers, schedules, evaluations and checkpoints are each run's own, as ever.
+So a step differs from that of a separate run by rounding only.
 
 That is faster where a batch is too small to keep the hardware busy. It is tried out before the first step, and if it is not, or
 cannot be, the runs train one after the other.

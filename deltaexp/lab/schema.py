@@ -137,9 +137,13 @@ def check_single(overrides: Sequence[str], run: RunConfig, search_path: Sequence
     Raises:
         ConfigError: If the experiment is a sweep, or a key is for sweeps.
     """
-    for name in ("retry", "fail_fast"):
-        if getattr(run, name):
-            raise ConfigError(f"{name}=true is for sweeps: add -m, or leave it out.")
+    for word, given in (
+        ("retry=true", run.retry),
+        ("fail_fast=true", run.fail_fast),
+        ("sweep.joint=auto", run.sweep.joint != "off"),
+    ):
+        if given:
+            raise ConfigError(f"{word} is for sweeps: add -m, or leave it out.")
     experiment = next((o.value() for o in parse(overrides) if o.key_or_group == "experiment"), None)
     if experiment is not None:
         params = compose_root(overrides, search_path, return_hydra_config=True).hydra.sweeper.get("params")

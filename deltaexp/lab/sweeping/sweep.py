@@ -102,7 +102,7 @@ class Going:
         while left and not self.stopped:
             ready = [job for job in left if not recovery.busy(job.path)]
             if ready:
-                self._launch(runs, team.formed(ready)[0] if wanted and joins else ready[:size])
+                self._launch(runs, team.formed(ready)[0][:batch] if wanted and joins else ready[:size])
             else:
                 if not told:
                     what = f"{len(left)} jobs that another process is at work on"

@@ -83,6 +83,8 @@ def test_a_single_run_is_no_sweep(capfd: pytest.CaptureFixture[str]) -> None:
     assert "experiment=delta_comparison is a sweep" in capfd.readouterr().err
     assert main(["retry=true"]) == 2
     assert "retry=true is for sweeps" in capfd.readouterr().err
+    assert main(["sweep.joint=auto"]) == 2
+    assert "sweep.joint=auto is for sweeps: add -m" in capfd.readouterr().err
 
 
 def test_records_are_read_or_refused(tmp_path: Path) -> None:
