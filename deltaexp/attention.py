@@ -57,7 +57,7 @@ def carry(core: Any, layer: Layer) -> Carried:
     layers.append(layer)
     layers.sort(key=lambda other: other.order)
     if not isinstance(core.config, ConfigView):
-        core.config = ConfigView(core.config)
+        core.config = ConfigView(core.config, NAME, attend)
     return Carried(core, layer)
 
 
@@ -78,17 +78,23 @@ class Carried:
 
 
 class ConfigView:
-    """A config as an attention module sees it that carries layers: the real one, but for the attention function's name."""
+    """A config as an attention module sees it that is to call a function of ours: the real one, but for the function's name.
 
-    def __init__(self, original: Any) -> None:
-        self.__dict__["original"] = original
+    Args:
+        original: The real one.
+        start: What the name starts with; the name of the model's own function follows.
+        function: The function, which is called in the place of that.
+    """
+
+    def __init__(self, original: Any, start: str, function: Callable[..., Any]) -> None:
+        self.__dict__.update(original=original, start=start, function=function)
 
     @property
     def _attn_implementation(self) -> str:
         # The rest of the name stays visible, because modelling code asks whether it contains "flash".
-        name = f"{NAME}{self.original._attn_implementation or 'eager'}"
+        name = f"{self.start}{self.original._attn_implementation or 'eager'}"
         if name not in AttentionInterface._global_mapping:  # not at import, so that it also holds in an unpickled model
-            AttentionInterface.register(name, attend)
+            AttentionInterface.register(name, self.function)
         return name
 
     def __getattr__(self, name: str) -> Any:

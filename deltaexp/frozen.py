@@ -82,8 +82,8 @@ class StandIn(nn.Module):
 
 
 @contextlib.contextmanager
-def standing_in(container: nn.ModuleList, others: dict[str, StandIn]) -> Iterator[None]:
-    """Within this context other modules are in the places of blocks."""
+def standing_in(container: nn.Module, others: dict[str, StandIn]) -> Iterator[None]:
+    """Within this context other modules are in the places of children of a module."""
     own = {name: container._modules[name] for name in others}
     container._modules.update(others)
     try:
@@ -124,7 +124,7 @@ def find(model: Any) -> Frozen | str:
         if (order[name] <= end and not any(_within(name, block) for block in stack[depth:]))
         and (not _around(name, holder) or not base or _within(name, base))
     ]
-    return Frozen(modules[base], container, depth, _random({name: modules[name] for name in below}))
+    return Frozen(modules[base], container, depth, random_in({name: modules[name] for name in below}))
 
 
 def _within(name: str, outer: str) -> bool:
@@ -148,7 +148,7 @@ def _changed(modules: dict[str, nn.Module]) -> Iterator[str]:
             yield name
 
 
-def _random(modules: dict[str, nn.Module]) -> str | None:
+def random_in(modules: dict[str, nn.Module]) -> str | None:
     """Return what is random in modules while training, such as ``dropout of 0.1 in embeddings.dropout``; None for nothing."""
     for name, module in modules.items():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

@@ -79,7 +79,7 @@ def test_the_model_keeps_its_config(name: str, tmp_path: Path) -> None:
 
 def test_a_view_follows_its_config() -> None:
     config = FAMILIES["llama"].build().config
-    view: Any = ConfigView(config)
+    view: Any = ConfigView(config, attention.NAME, attention.attend)
     assert view._attn_implementation == "deltaexp_sdpa"
     config._attn_implementation = "eager"
     assert view._attn_implementation == "deltaexp_eager"

@@ -1,6 +1,6 @@
 """What a run leaves out because it would come to the same: frozen blocks on texts that are known, tokens that nobody reads.
 
-Whether that is so is decided from the architecture (`deltaexp.frozen`, `deltaexp.first_token`), and then tried out on a few
+Whether that is so is decided from the architecture (`deltaexp.frozen`, `deltaexp.one_token`), and then tried out on a few
 rows of the training split: outputs, loss and gradients must be the same, to rounding, with and without. Where they are not, all
 is computed. The decision depends on the config, the data and the machine alone, and not on what is on the disk, so that the
 same command gives the same delta.
@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from deltaexp import first_token, frozen, quantised, speed
-from deltaexp.first_token import FirstToken, LastBlock
+from deltaexp import frozen, one_token, quantised, speed
 from deltaexp.frozen import Frozen, Shortcut
 from deltaexp.lab import activations, processes
 from deltaexp.lab.activations import Folder, Known, Texts
 from deltaexp.lab.config import RunConfig
 from deltaexp.lab.tasks.kinds.text import Ranking, Text
 from deltaexp.model import DeltaModel
+from deltaexp.one_token import LastBlock, OneToken
 
 if TYPE_CHECKING:
     from deltaexp.lab.training import DeltaTrainer
@@ -80,9 +80,10 @@ def planned(config: RunConfig, delta_model: DeltaModel) -> list[str]:
     else:
         when = f"for evaluations only, as there is {found.random}" if found.random else "for training and evaluations"
         result.append(f"What {_blocks(found)} make of a text is computed once and kept over epochs and runs, {when}.")
-    last = first_token.find(model, delta_model.attachments)
-    if not isinstance(last, str) and "SequenceClassification" in type(model).__name__:
-        result.append("If the head reads the first token only, the last block computes no other.")
+    last = one_token.find(model, delta_model.attachments)
+    if isinstance(last, LastBlock) and not config.trainer.gradient_checkpointing:
+        when = f", in evaluations only, as there is {last.random}" if last.random else ""
+        result.append(f"If the head reads the {last.read} token of a text only, the last block computes no other{when}.")
     return result
 
 
@@ -111,7 +112,7 @@ class Shortcuts:
         self.kept: dict[str, int] = {}
         """Bytes of activations, by the split that they are of."""
         self.shortcut: Shortcut | None = None
-        self.first_token: FirstToken | None = None
+        self.one_token: OneToken | None = None
         self._first = next(iter(self.splits.values()))
         mixed = trainer.args.bf16 or trainer.args.fp16
         self._mixed = (torch.bfloat16 if trainer.args.bf16 else torch.float16) if mixed else None
@@ -122,7 +123,7 @@ class Shortcuts:
             "frozen_blocks": self.shortcut.frozen.depth if self.shortcut else 0,
             "while_training": bool(self.shortcut and self.shortcut.training),
             "kept_activations": self.kept,
-            "first_token_only": self.first_token is not None,
+            "last_block": f"{self.one_token.last.read} token" if self.one_token else "all tokens",
             "told": self.told,
         }
 
@@ -134,7 +135,7 @@ class Shortcuts:
         if why is not None:
             self.told.append(f"all is computed in every step: {why}")
             return
-        last, found = first_token.find(self.model, self.delta_model.attachments), frozen.find(self.model)
+        last, found = one_token.find(self.model, self.delta_model.attachments), frozen.find(self.model)
         if not self.config.trainer.activation_cache:
             found = "trainer.activation_cache=0"
         if self.config.trainer.gradient_checkpointing:
@@ -155,7 +156,7 @@ class Shortcuts:
 
     def __exit__(self, *_: object) -> None:
         """Leave nothing out any more."""
-        for one in (self.shortcut, self.first_token):
+        for one in (self.shortcut, self.one_token):
             if one is not None:
                 one.remove()
 
@@ -164,7 +165,7 @@ class Shortcuts:
         few, batch = self._few()
         expected = self._outcome(batch)
         if isinstance(last, LastBlock) and batch["input_ids"].shape[-1] > 1:
-            self._begin_first_token(last, batch, expected)
+            self._begin_one_token(last, batch, expected)
         if isinstance(found, Frozen):
             found = self._tried(found, few, batch, expected)
         if isinstance(found, Frozen):
@@ -210,15 +211,21 @@ class Shortcuts:
                 return "the model computes something else without what would be left out"
         return None
 
-    def _begin_first_token(self, last: LastBlock, batch: Mapping[str, torch.Tensor], expected: list[torch.Tensor]) -> None:
-        """Let the last block compute the first token only, if that comes to the same."""
-        tried = FirstToken(last)
+    def _begin_one_token(self, last: LastBlock, batch: Mapping[str, torch.Tensor], expected: list[torch.Tensor]) -> None:
+        """Let the last block compute the token that the head reads only, if that comes to the same."""
+        tried = OneToken(self.model, last)
         if self._difference(batch, expected) is not None:
             tried.remove()
             return
-        self.first_token = tried
-        when = " in evaluations; while training there is dropout in it" if last.drops else ""
-        self.told.append(f"the head reads the first token only, and the last block computes no other{when}")
+        if last.random is None:
+            last.block.train()
+            (*one, _), (*other, _) = self._outcome(batch), self._outcome(batch)
+            last.block.eval()
+            if not all(map(torch.equal, one, other)):  # what is random there is seen if it is not known
+                tried.last = last = dataclasses.replace(last, random="something random in it")
+        self.one_token = tried
+        when = f" in evaluations; while training there is {last.random}" if last.random else ""
+        self.told.append(f"the head reads the {last.read} token only, and the last block computes no other{when}")
 
     def _tried(self, found: Frozen, few: Any, batch: Mapping[str, torch.Tensor], expected: list[torch.Tensor]) -> Frozen | str:
         """Return frozen blocks if the model computes the same when it goes on from their activations, else a clause why not."""

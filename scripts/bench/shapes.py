@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,9 @@ def _minilm(attention: str) -> nn.Module:
     return BertForSequenceClassification(config)
 
 
-def _llama(hidden: int, layers: int, heads: int, key_heads: int, feed_forward: int, vocabulary: int) -> Callable:
+def _llama(
+    hidden: int, layers: int, heads: int, key_heads: int, feed_forward: int, vocabulary: int, made: Any = LlamaForCausalLM
+) -> Callable:
     def build(attention: str) -> nn.Module:
         config = LlamaConfig(
             vocab_size=vocabulary,
@@ -65,7 +73,7 @@ def _llama(hidden: int, layers: int, heads: int, key_heads: int, feed_forward: i
             pad_token_id=0,
             attn_implementation=attention,
         )
-        return LlamaForCausalLM(config)
+        return made(config)
 
     return build
 
@@ -78,6 +86,9 @@ _LLAMA = (("q_proj", "v_proj"), _LLAMA_LINEARS, "model.layers.0")
 SHAPES = {
     "minilm": Shape("minilm", _minilm, 32, 64, 30522, 2, *_BERT),
     "llama": Shape("llama", _llama(512, 8, 8, 4, 1408, 8192), 8, 128, 8192, 0, *_LLAMA),
+    "llama-classifier": Shape(
+        "llama-classifier", _llama(512, 8, 8, 4, 1408, 8192, LlamaForSequenceClassification), 8, 128, 8192, 2, *_LLAMA
+    ),
     "tiny": Shape("tiny", _llama(32, 2, 4, 2, 48, 64), 4, 8, 64, 0, *_LLAMA),  # for trying out
     # Large enough that a GPU is busy: 1.1 billion parameters.
     "llama-1b": Shape("llama-1b", _llama(2048, 16, 32, 8, 8192, 32000), 4, 512, 32000, 0, *_LLAMA),

@@ -128,7 +128,7 @@ def test_the_same_weights(train: Train, more: tuple[str, ...]) -> None:
     measured, short = train(*more)
     assert short.shortcut is not None
     assert short.shortcut.training
-    assert short.first_token is not None
+    assert short.one_token is not None
     assert short.shortcut.used >= 8
     expected, none = train(*more, "trainer.shortcuts=off")
     assert none.facts()["told"] == ["all is computed in every step: trainer.shortcuts=off"]
@@ -149,6 +149,18 @@ def test_a_language_model(train: Train, tmp_path: Path) -> None:
     assert short.facts()["frozen_blocks"] == 1
     assert set(short.kept) == {"train", "validation"}
     same(measured, train(*more, "trainer.shortcuts=off", backbone=llama)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [small.llama, small.gpt2])
+def test_a_classifier_that_reads_the_last_token(train: Train, tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    more = ("trainer.max_steps=6", "task.answer=head")
+    measured, short = train(*more, backbone=make(tmp_path / "decoder"))
+    dropout = "; while training there is dropout of 0.1 in transformer.h.1.attn.attn_dropout"
+    told = f"the last block computes no other{' in evaluations' + dropout if make is small.gpt2 else ''}"
+    assert f"the head reads the last token only, and {told}" in short.told
+    assert short.facts()["last_block"] == "last token"
+    same(measured, train(*more, "trainer.shortcuts=off", backbone=tmp_path / "decoder")[0])
 
 
 def test_where_something_is_random_only_evaluations_are_cut_short(train: Train, small_bert: Path) -> None:
@@ -186,7 +198,10 @@ def test_plan(calm: Path, small_bert: Path, rows: Path) -> None:
         return " ".join(shortcuts.planned(config, plan.attach(config, delta_config, drawn)))
 
     assert "What the lowest 1 of 2 blocks make of a text is computed once" in told(calm)
+    assert "If the head reads the first token of a text only, the last block computes no other." in told(calm)
     assert "for evaluations only, as there is dropout of 0.1 in bert.embeddings.dropout" in told(small_bert)
+    assert "no other, in evaluations only, as there is dropout of 0.1 in bert.encoder.layer.1" in told(small_bert)
+    assert "If the head" not in told(calm, "trainer.gradient_checkpointing=true")
     assert "a delta is in the first block" in told(calm, "layers=null")
     assert "trainer.shortcuts=off" in told(calm, "trainer.shortcuts=off")
 
@@ -202,7 +217,7 @@ def test_a_run_and_the_next(tmp_path: Path, calm: Path, rows: Path) -> None:
     second, _ = run("second")
     assert all(torch.equal(first[name], value) for name, value in second.items())
     assert results["shortcuts"]["kept_activations"].keys() == {"train", "validation"}
-    assert results["shortcuts"]["first_token_only"]
+    assert results["shortcuts"]["last_block"] == "first token"
     plain, _ = run("plain", "trainer.shortcuts=off")
     same(first, plain)
     small.used_again(tmp_path / "first" / "delta", rows, results)

@@ -99,7 +99,7 @@ class Run:
         short, speed = self.results.get("shortcuts") or {}, self.results.get("speed") or {}
         told = {
             "kept activations of frozen blocks": short.get("while_training"),
-            "the first token only in the last block": short.get("first_token_only"),
+            f"the {short.get('last_block')} only in the last block": short.get("last_block", "all tokens") != "all tokens",
             "trainer.speed=auto": speed.get("asked") == "auto",
             "other runs trained in the same steps": self.results.get("trained_together"),
         }

@@ -129,7 +129,7 @@ def test_what_was_left_out_is_told(study: Path, tmp_path: Path) -> None:
     shutil.copytree(study, folder)
     told = {
         "lora-1": {"trained_together": {"runs": 2, "time": 0.7}},
-        "bitfit-1": {"shortcuts": {"while_training": True, "frozen_blocks": 4, "first_token_only": True}},
+        "bitfit-1": {"shortcuts": {"while_training": True, "frozen_blocks": 4, "last_block": "first token"}},
     }
     for path in folder.glob("*/delta/results.json"):
         results = json.loads(path.read_text())
