@@ -5,14 +5,17 @@ depends on its tokens alone: on no parameter that is trained, and on neither the
 far as the architecture keeps texts apart, which `deltaexp.lab.shortcuts` tries out. Where these activations, shape ``(tokens,
 dim)``, are known, the model's own forward pass goes on from them: while it runs, a stand-in is in the place of each block below
 ``k``. The first ones hand on what they are given, and the last returns the known activations. Masks, positions and all that a
-model makes before, between and after its blocks are made as ever, and each block keeps its number.
+model makes before, between and after its blocks are made as ever, and each block keeps its number. Some blocks hand on more
+than hidden states, such as T5's position biases: as these are the same for all texts of a length, they are made for one text.
+
+Of an encoder-decoder the encoder's blocks are looked at.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +29,8 @@ from deltaexp.tree import above, leaf, parent
 
 TOKENS = ("input_ids", "token_type_ids")
 """Inputs with one number a token on which activations may depend."""
+LENGTHS = 16
+"""Of how many lengths what blocks hand on beside hidden states is remembered."""
 RANDOM = ("drop", "jitter", "noise")
 """What is in the names of probabilities and sizes of what is random while training."""
 
@@ -42,23 +47,56 @@ class Frozen:
     """How many of them are below the lowest delta."""
     random: str | None
     """What is random in them, or before them, while training; None where nothing is known to be."""
+    kind: str = "blocks"
+    """What the blocks are called."""
 
     def block_inputs(self, tokens: dict[str, torch.Tensor]) -> torch.Tensor | None:
         """Return what leaves the last frozen block, shape ``(rows, length, dim)``; None where it is no such tensor.
 
         Args:
             tokens: The inputs of the model by name: those in `TOKENS` that it is given, and ``attention_mask``.
+
+        Raises:
+            ValueError: If they depend on what is trained, which may lie before the blocks and be made after them.
+        """
+        states, _ = self.outputs(tokens)
+        if isinstance(states, torch.Tensor) and states.requires_grad:
+            raise ValueError("they depend on what is trained")
+        plain = isinstance(states, torch.Tensor) and states.dim() == 3 and states.shape[:2] == tokens["input_ids"].shape
+        return states if plain else None
+
+    def outputs(self, tokens: dict[str, torch.Tensor]) -> tuple[Any, tuple[Any, ...] | None]:
+        """Return the hidden states that leave the last frozen block, and in a tuple what it returns beside them.
+
+        That is None where it returns nothing else, and each part that the next block does not take is None.
+
+        Args:
+            tokens: See `block_inputs`.
+
+        Raises:
+            ValueError: If the blocks are not called one after another, each once.
         """
         found: list[Any] = []
-        upper = {str(number): StandIn(self.blocks[number]) for number in range(self.depth, len(self.blocks))}
-        handle = self.blocks[self.depth - 1].register_forward_hook(lambda module, args, output: found.append(output))
+        above = {str(number): _Stop(block) for number, block in enumerate(self.blocks) if number == self.depth}
+
+        def leave(module: nn.Module, args: tuple, output: Any) -> None:
+            found.append(output)
+            if not above:
+                raise _Reached
+
+        handle = self.blocks[self.depth - 1].register_forward_hook(leave)
         try:
-            with standing_in(self.blocks, upper), torch.no_grad():
-                self.base(**tokens, **_without_cache(self.base, {}))
+            with standing_in(self.blocks, above):
+                self.base.forward(**tokens, **_without_cache(self.base, {}))
+        except _Reached as reached:
+            (output,), taken = found, reached.args
+        else:
+            raise ValueError("the blocks are not called one after another")
         finally:
             handle.remove()
-        plain = len(found) == 1 and isinstance(found[0], torch.Tensor) and found[0].shape[:2] == tokens["input_ids"].shape
-        return found[0] if plain and found[0].dim() == 3 else None
+        if not isinstance(output, (tuple, list)):
+            return output, None
+        return output[0], tuple(part if any(part is other for other in taken) else None for part in output[1:])
 
 
 class StandIn(nn.Module):
@@ -72,17 +110,31 @@ class StandIn(nn.Module):
         super().__init__()
         self.__dict__["block"] = block  # not as a child, which the backbone has already
         self.known: torch.Tensor | None = None
+        self.beside: tuple[Any, ...] | None = None
+        """What the block returns beside hidden states."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["block"], name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Return the activations, shape ``(rows, length, dim)``."""
-        return first_input(args, kwargs) if self.known is None else self.known
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the activations, shape ``(rows, length, dim)``, and what the block returns beside them."""
+        states = first_input(args, kwargs) if self.known is None else self.known
+        return states if self.beside is None else (states, *self.beside)
+
+
+class _Reached(Exception):
+    """What is above the frozen blocks need not be computed."""
+
+
+class _Stop(StandIn):
+    """What is in the place of the block above the frozen ones while these are computed alone."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise _Reached(*args, *kwargs.values())
 
 
 @contextlib.contextmanager
-def standing_in(container: nn.Module, others: dict[str, StandIn]) -> Iterator[None]:
+def standing_in(container: nn.Module, others: Mapping[str, StandIn]) -> Iterator[None]:
     """Within this context other modules are in the places of children of a module."""
     own = {name: container._modules[name] for name in others}
     container._modules.update(others)
@@ -98,9 +150,9 @@ def find(model: Any) -> Frozen | str:
     What goes on from their activations is the innermost model around them that takes tokens. What is trained outside of the
     blocks must lie behind them, in the order in which the modules were made.
     """
-    stacks = blocks(model)
-    if len(stacks) != 1:
-        return f"the backbone has {'more than one' if stacks else 'no'} stack of blocks"
+    stacks, both = blocks(model), getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if len(stacks) != 1 + both:
+        return f"the backbone has {len(stacks)} stacks of blocks, not {1 + both}"
     stack, modules = stacks[0], dict(model.named_modules(remove_duplicate=False))
     holder = parent(stack[0])
     container, order = modules[holder], {name: number for number, name in enumerate(modules)}
@@ -124,7 +176,8 @@ def find(model: Any) -> Frozen | str:
         if (order[name] <= end and not any(_within(name, block) for block in stack[depth:]))
         and (not _around(name, holder) or not base or _within(name, base))
     ]
-    return Frozen(modules[base], container, depth, random_in({name: modules[name] for name in below}))
+    random = random_in({name: modules[name] for name in below})
+    return Frozen(modules[base], container, depth, random, "encoder blocks" if both else "blocks")
 
 
 def _within(name: str, outer: str) -> bool:
@@ -176,6 +229,8 @@ class Shortcut:
         self.used = 0
         """How many forward passes have gone on from known activations."""
         self._others = {str(number): StandIn(frozen.blocks[number]) for number in range(frozen.depth)}
+        self._beside: dict[int, tuple[Any, ...] | None] = {}
+        """What the last frozen block returns beside hidden states, by the length of the texts; under 0 if it is nothing."""
         self._open: contextlib.ExitStack | None = None
         base = frozen.base
         self._handles = [
@@ -199,10 +254,24 @@ class Shortcut:
         if activations is None:
             return None
         self.used += 1
+        beside = self._beside_of(given)
+        for other in self._others.values():
+            other.beside = beside
         self._others[str(self.frozen.depth - 1)].known = activations
         self._open = contextlib.ExitStack()
         self._open.enter_context(standing_in(self.frozen.blocks, self._others))
         return (), {**named, **_without_cache(module, named)}
+
+    def _beside_of(self, given: dict[str, Any]) -> tuple[Any, ...] | None:
+        """Return what the last frozen block returns beside hidden states, computed for one text without padding."""
+        kept, length = self._beside, given["input_ids"].shape[1]
+        if 0 not in kept and length not in kept:
+            one = {name: given[name][:1] for name in TOKENS if name in given}
+            _, beside = self.frozen.outputs({**one, "attention_mask": torch.ones_like(one["input_ids"])})
+            if len(kept) == LENGTHS:
+                kept.pop(next(iter(kept)))
+            kept[length if beside and any(part is not None for part in beside) else 0] = beside
+        return kept[0] if 0 in kept else kept[length]
 
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
         if self._open is not None:

@@ -13,7 +13,12 @@ from torch import nn
 from deltaexp import frozen
 from deltaexp.frozen import Frozen, Shortcut
 
-OTHERS = {"classification": ("electra", "modernbert"), "causal": ("gemma3_text", "gpt_neox", "opt")}
+OTHERS = {
+    "classification": ("electra", "modernbert", "deberta", "deberta-v2", "mpnet", "roformer", "t5"),
+    "causal": ("gemma3_text", "gpt_neox", "opt", "bloom", "falcon", "gpt_neo", "mpt", "openai-gpt", "mamba"),
+    "seq2seq": ("t5", "bart", "marian", "umt5"),
+}
+QUICK = ("electra", "modernbert", "deberta-v2", "mpnet", "opt", "bloom", "openai-gpt")
 
 
 def found(model: nn.Module) -> Frozen:
@@ -56,21 +61,25 @@ def check(model: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
         alone = part.block_inputs({name: value[row : row + 1, :length] for name, value in tokens(inputs).items()})
         assert alone is not None
         rows.append(nn.functional.pad(alone, (0, 0, 0, inputs["input_ids"].shape[1] - length))[0])
-    entered = []
-    handle = part.blocks[part.depth].register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+    entered: list[torch.Tensor] = []
+    handles = [
+        block.register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+        for block in list(part.blocks)[part.depth : part.depth + 1]
+    ]
     shortcut = Shortcut(part, lambda given: torch.stack(rows), training=False)
     measured = outcome(model, inputs)
-    handle.remove()
+    for handle in handles:
+        handle.remove()
     assert shortcut.used == 1
-    assert torch.equal(entered[0], torch.stack(rows))
-    assert not entered[0].requires_grad
+    assert len(entered) == len(handles)
+    assert all(torch.equal(states, torch.stack(rows)) and not states.requires_grad for states in entered)
     shortcut.remove()
     same(measured, expected)
     model.zero_grad(set_to_none=True)
     assert snapshot(model) == before
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_the_same_outputs_and_gradients(name: str) -> None:
     backbone = FAMILIES[name].build()
     delta_model = attach(backbone, "lora", layers="last:1")
@@ -78,12 +87,46 @@ def test_the_same_outputs_and_gradients(name: str) -> None:
     check(backbone, FAMILIES[name].inputs())
 
 
-@pytest.mark.parametrize(("kind", "model_type"), [(kind, name) for kind, names in OTHERS.items() for name in names])
+@pytest.mark.parametrize(
+    ("kind", "model_type"),
+    [
+        pytest.param(kind, name, marks=[] if name in QUICK else pytest.mark.slow)
+        for kind, names in OTHERS.items()
+        for name in names
+    ],
+)
 def test_other_architectures(kind: str, model_type: str) -> None:
     backbone = tiny_model(kind, model_type)
     attach(backbone, "adapter", layers="last:1")
     with quiet():
         check(backbone, tiny_inputs(kind, backbone.config))
+
+
+@pytest.mark.parametrize("model_type", ["t5", "bart"])
+def test_an_encoder_without_deltas(model_type: str) -> None:
+    backbone: Any = tiny_model("seq2seq", model_type)
+    attach(backbone, "lora", modified_modules=[r"[r]decoder\..*(q|q_proj|fc1|wi)$"])
+    part, inputs = found(backbone), tiny_inputs("seq2seq", backbone.config)
+    assert (part.base, part.depth, part.kind) == (backbone.get_encoder(), 2, "encoder blocks")
+    check(backbone, inputs)
+    source = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    plain = backbone.generate(**source, max_new_tokens=6, num_beams=2)
+    whole = part.block_inputs(source)
+    shortcut = Shortcut(part, lambda given: whole, training=False)
+    assert torch.equal(backbone.generate(**source, max_new_tokens=6, num_beams=2), plain)
+    assert shortcut.used == 1
+
+
+def test_position_biases_are_made_once_for_a_length() -> None:
+    backbone: Any = FAMILIES["t5"].build()
+    attach(backbone, "lora", layers="last:1")
+    part, computed = found(backbone), []
+    shortcut = Shortcut(part, lambda given: torch.zeros(*given["input_ids"].shape, 16), training=False)
+    part.blocks[0].register_forward_hook(lambda module, args, output: computed.append(tuple(args[0].shape)))
+    for length in (3, 5, 3, *range(6, 6 + frozen.LENGTHS), 3):
+        backbone.encoder(torch.ones(2, length, dtype=torch.long))
+    assert computed == [(1, length, 16) for length in (3, 5, *range(6, 6 + frozen.LENGTHS), 3)]
+    assert len(shortcut._beside) == frozen.LENGTHS
 
 
 def test_nothing_below_the_lowest_delta_needs_gradients() -> None:
@@ -118,11 +161,9 @@ def test_where_the_frozen_blocks_end() -> None:
 
 
 def test_where_there_are_none() -> None:
-    t5, bert, llama = (FAMILIES[name].build() for name in ("t5", "bert", "llama"))
-    for backbone in (t5, bert, llama):
-        backbone.requires_grad_(False)
-    assert frozen.find(t5) == "the backbone has more than one stack of blocks"
-    assert frozen.find(nn.Linear(2, 2)) == "the backbone has no stack of blocks"
+    bert, llama = (FAMILIES[name].build().requires_grad_(False) for name in ("bert", "llama"))
+    assert frozen.find(tiny_model("classification", "flaubert")) == "the backbone has 2 stacks of blocks, not 1"
+    assert frozen.find(nn.Linear(2, 2)) == "the backbone has 0 stacks of blocks, not 1"
     attach(bert, "soft_prompt", soft_token_num=2)
     assert "the whole model, which lies before or around the blocks, is trained" in str(frozen.find(bert))
     attach(llama, "lora")
@@ -130,6 +171,16 @@ def test_where_there_are_none() -> None:
     tied: Any = FAMILIES["gpt2"].build().requires_grad_(False)
     tied.lm_head.weight.requires_grad_(True)
     assert "transformer.wte, which lies before" in str(frozen.find(tied))
+
+
+def test_what_lies_before_the_blocks_and_was_made_after_them() -> None:
+    backbone: Any = tiny_model("seq2seq", "bart")
+    attach(backbone, "lora", layers="last:1")
+    inputs = {name: value for name, value in tiny_inputs("seq2seq", backbone.config).items() if name != "labels"}
+    assert found(backbone).block_inputs(inputs) is not None
+    backbone.model.encoder.layernorm_embedding.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="trained"):
+        found(backbone).block_inputs(inputs)
 
 
 def test_all_is_computed_where_more_is_asked_for() -> None:

@@ -23,7 +23,7 @@ from deltaexp.frozen import Frozen, Shortcut
 from deltaexp.lab import activations, processes
 from deltaexp.lab.activations import Folder, Known, Texts
 from deltaexp.lab.config import RunConfig
-from deltaexp.lab.tasks.kinds.text import Ranking, Text
+from deltaexp.lab.tasks.kinds.text import DecoderText, Ranking
 from deltaexp.model import DeltaModel
 from deltaexp.one_token import LastBlock, OneToken
 
@@ -89,7 +89,7 @@ def planned(config: RunConfig, delta_model: DeltaModel) -> list[str]:
 
 def _blocks(found: Frozen) -> str:
     total = len(found.blocks)
-    return f"all {total} blocks" if found.depth == total else f"the lowest {found.depth} of {total} blocks"
+    return f"all {total} {found.kind}" if found.depth == total else f"the lowest {found.depth} of {total} {found.kind}"
 
 
 class Shortcuts:
@@ -285,8 +285,8 @@ class Shortcuts:
                     training = False
                     self.told.append(f"no activations are kept for training: {reason}")
                     continue
-            elif isinstance(self.trainer.kind, Text) and not isinstance(self.trainer.kind, Ranking):
-                continue  # what is measured are generated texts
+            elif isinstance(self.trainer.kind, DecoderText) and not isinstance(self.trainer.kind, Ranking):
+                continue  # what is measured are generated texts, of which each step goes on from the cache of the last
             # Rows that are there twice count twice, so that of too many no more than their lengths is looked at.
             bytes_each, rows = self._width * self._dtype.itemsize, sum(split.lengths or [])
             texts = Texts.of(split.features) if rows * bytes_each <= left else None

@@ -152,6 +152,20 @@ def test_a_language_model(train: Train, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_an_encoder_without_deltas(train: Train, tmp_path: Path) -> None:
+    t5 = small.t5(tmp_path / "t5")
+    settings = json.loads((t5 / "config.json").read_text())
+    (t5 / "config.json").write_text(json.dumps({**settings, "dropout_rate": 0.0}))
+    decoder = r"modified_modules=['[r]decoder\..*SelfAttention\.q$']"
+    more = ("trainer.max_steps=6", "layers=null", decoder, "task.max_source_length=64")
+    measured, short = train(*more, backbone=t5)
+    assert short.facts()["frozen_blocks"] == 2
+    assert set(short.kept) == {"train", "validation"}
+    assert "what all 2 encoder blocks make of train is kept" in " ".join(short.told)
+    same(measured, train(*more, "trainer.shortcuts=off", backbone=t5)[0])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [small.llama, small.gpt2])
 def test_a_classifier_that_reads_the_last_token(train: Train, tmp_path: Path, make: Callable[[Path], Path]) -> None:
     more = ("trainer.max_steps=6", "task.answer=head")
