@@ -27,7 +27,17 @@ from deltaexp.deltas._linear import LowRankDelta, WeightDelta
 from deltaexp.hooks import add_parallel, add_weighted
 from deltaexp.layout import Rows
 from deltaexp.lazy import Layer
-from deltaexp.low_rank import DirectedLinear, LowRankLinear, ShiftedLinear, Update, exact, low_rank_linear, updated
+from deltaexp.low_rank import (
+    DirectedLinear,
+    LowRankLinear,
+    ShiftedLinear,
+    Update,
+    exact,
+    low_rank_linear,
+    simply,
+    small,
+    updated,
+)
 from deltaexp.shared_input import shared
 from deltaexp.speed import settings
 
@@ -138,10 +148,13 @@ def _computed(module: Any, x: torch.Tensor, layers: list[tuple[Any, Rows | None]
         updates, factors = _updates(x, layers, weight.dtype if cast or settings.delta_in_backbone_dtype else None)
         if not updates:
             return None
+        parts = tuple(updates)
         if not torch.is_grad_enabled():
-            return low_rank_linear(x, weight, bias, tuple(updates), *factors)
+            return low_rank_linear(x, weight, bias, parts, *factors)
+        if small(x, weight, parts, factors):
+            return simply(x, weight, bias, parts, *factors)
         x, gradient = shared(x)
-        return LowRankLinear.apply(x, weight, bias, gradient, tuple(updates), *factors)
+        return LowRankLinear.apply(x, weight, bias, gradient, parts, *factors)
     layer, rows = layers[0]
     if len(layers) > 1 or rows is not None or layer.batch_rows is not None or layer.drops or cast or not exact(weight):
         return None
@@ -184,16 +197,17 @@ def _updates(
         down, up = layer.factors()
         if type(down) not in PLAIN or type(up) not in PLAIN:
             return [], []
-        factors = (down, up) if dtype is None else (down.to(dtype), up.to(dtype))
-        parts.setdefault(part, []).append((layer, *factors))
+        parts.setdefault(part, []).append((layer, down, up))
     updates, result = [], []
     for part, found in parts.items():
         layer, down, up = found[0]
         if len(found) == 1 and layer.batch_rows is None:
-            updates.append(Update(layer.scale, layer.drops, part))
+            updates.append(Update(layer.scale, layer.drops, part, dtype))
         elif any(layer.drops for layer, _, _ in found) or torch.compiler.is_compiling():
             return [], []
         else:
+            if dtype is not None:
+                found = [(layer, down.to(dtype), up.to(dtype)) for layer, down, up in found]
             scale, down, up = _together(x, found)
             updates.append(Update(scale, 0.0, part))
         result += [down, up]

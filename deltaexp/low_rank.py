@@ -12,6 +12,10 @@ products are computed in TF32, a small ``s B A`` would vanish in the rounding of
 ``u = s g B``, ``grad_A = u^T x`` and ``grad_B = g^T z``, of which ``z`` is computed anew where it was not needed before; only
 ``x``, the parameters and, in the first way, ``z`` are kept for it, and no gradient of ``W`` is computed. Where other maps take
 the same ``x``, its gradients are added up by the products with ``W`` (`deltaexp.shared_input`).
+
+A step of a small model on a small batch takes as long as its operations need to be begun. So there are few of them: ``s`` is a
+factor of the small ``z`` and ``u``, and factors that are computed in another dtype are cast here, without nodes of autograd. Of
+very small inputs PyTorch's own operations make less ado than a function in Python, and the sums cost nothing (`small`).
 """
 
 from __future__ import annotations
@@ -25,6 +29,8 @@ from torch import nn
 from deltaexp.shared_input import InputGradient
 
 functional = nn.functional
+SMALL = 1 << 18
+"""Elements of ``x`` and ``h`` together below which passes over them cost less than calling a function in Python."""
 ADDS_BIAS = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 """Whether oneDNN can add a bias while it multiplies."""
 
@@ -47,6 +53,8 @@ class Update(NamedTuple):
     """Probability of dropping an element of ``x``."""
     part: tuple[int, int, int, int] | None
     """The outputs it is added to, as the fields of a `Rows`; None for all."""
+    dtype: torch.dtype | None = None
+    """What its factors are cast to; None where they are computed in their own."""
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
@@ -67,6 +75,12 @@ def _taken(tensor: torch.Tensor, part: tuple[int, int, int, int] | None, dim: in
     if groups == 1:
         return tensor.narrow(dim, start, width)
     return tensor.unflatten(dim, (groups, size)).narrow(dim or 1, start, width)
+
+
+def _scaled(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return ``scale left right``."""
+    product = left @ right
+    return product if scale == 1 else product.mul_(scale)
 
 
 def _add_product(target: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float = 1.0) -> None:
@@ -101,9 +115,26 @@ def _can_be_whole(weight: torch.Tensor, updates: tuple[Update, ...], factors: Se
     )
 
 
-def _inner(x: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """Return ``x A^T``."""
-    return _for(x, down).to(down.dtype) @ down.mT.contiguous()  # a product with a narrow matrix is faster in this layout
+def _inner(x: torch.Tensor, down: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return ``z = s x A^T``."""
+    return _scaled(_for(x, down).to(down.dtype), _turned(down), scale)
+
+
+def _turned(factor: torch.Tensor) -> torch.Tensor:
+    """Return a factor's transpose, in the layout in which the product with it is fast."""
+    plain = factor.dim() == 2 and (factor.dtype != torch.float32 or factor.device.type != "cpu")
+    return factor.mT if plain else factor.mT.contiguous()
+
+
+def _cast(updates: tuple[Update, ...], factors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Return factors in the dtypes in which they are computed."""
+    dtypes = [update.dtype for update in updates for _ in range(2)]
+    return tuple(factor if dtype is None else factor.to(dtype) for factor, dtype in zip(factors, dtypes, strict=True))
+
+
+def _gradient_of(factor: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Return a factor's gradient in its dtype, and contiguous, as autograd keeps it."""
+    return gradient.to(factor.dtype, memory_format=torch.contiguous_format)
 
 
 def _outer(x: torch.Tensor, updates: tuple[Update, ...], masks: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
@@ -130,11 +161,35 @@ def _product(g: torch.Tensor, weight: torch.Tensor, gradient: InputGradient | No
     return g @ weight if gradient is None else gradient.add(g, weight)
 
 
+def small(x: torch.Tensor, weight: torch.Tensor, updates: tuple[Update, ...], factors: Sequence[torch.Tensor]) -> bool:
+    """Say whether a map of an input is so small that `simply` is the faster way, and whether that can compute it."""
+    (update, *others), down = updates, factors[0]
+    return (
+        x.shape[:-1].numel() * sum(weight.shape) < SMALL
+        and not others
+        and update.part is None
+        and not update.dropout
+        and down.dim() == 2
+        and (update.dtype or down.dtype) == weight.dtype
+        and not torch.compiler.is_compiling()
+    )
+
+
+def simply(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, updates: tuple[Update, ...], *factors: torch.Tensor
+) -> torch.Tensor:
+    """Return ``x W^T + b`` and one update, by PyTorch's own operations and their backward passes."""
+    (down, up), flat = _cast(updates, factors), _rows(x)
+    z = functional.linear(flat, down)
+    out = torch.addmm(functional.linear(flat, weight, bias), z, up.mT, alpha=updates[0].scale)
+    return out.view(*x.shape[:-1], len(weight))
+
+
 def low_rank_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, updates: tuple[Update, ...], *factors: torch.Tensor
 ) -> torch.Tensor:
     """Return ``x W^T + b`` and the updates, without anything for a backward pass."""
-    rows = x.shape[:-1].numel()
+    rows, factors = x.shape[:-1].numel(), _cast(updates, factors)
     if 2 * weight.numel() < rows * sum(weight.shape) and _can_be_whole(weight, updates, factors):
         return functional.linear(x, updated(weight, updates, factors), bias)
     return _separately(x, weight, bias, updates, factors)[0]
@@ -147,14 +202,14 @@ def _separately(
     updates: tuple[Update, ...],
     factors: Sequence[torch.Tensor],
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor | None]]:
-    """Return the output, ``x A^T`` of every update, and what each has dropped."""
+    """Return the output, ``z`` of every update, and what each has dropped."""
     flat = _rows(x)
     if len(updates) == 1 and factors[1].dim() == 3 and updates[0].part is None and not updates[0].dropout:
         down, up = factors
         if x.device.type == "cpu" and up.dtype == weight.dtype == torch.float32 and flat.numel():
             # The product with W is added to the rest, and the bias is one more rank, which spares its copies.
-            z = _inner(flat, down)
-            left, right = z * updates[0].scale, up.mT
+            z = _inner(flat, down, updates[0].scale)
+            left, right = z, up.mT
             if bias is not None:
                 left = torch.cat([left, left.new_ones(*left.shape[:-1], 1)], dim=-1)
                 right = torch.cat([right, bias.expand(len(right), 1, -1)], dim=1)
@@ -166,8 +221,8 @@ def _separately(
     masks: list[torch.Tensor | None] = []
     for update, down, up in zip(updates, factors[::2], factors[1::2], strict=True):
         dropped, mask = torch.native_dropout(flat, update.dropout, True) if update.dropout else (flat, None)
-        z = _inner(dropped, down)
-        _add_product(_taken(_for(matrix, up), update.part), z, up.mT.contiguous(), update.scale)
+        z = _inner(dropped, down, update.scale)
+        _add_product(_taken(_for(matrix, up), update.part), z, _turned(up))
         inner.append(z)
         masks.append(mask)
     return out, inner, masks
@@ -182,16 +237,15 @@ class LowRankLinear(torch.autograd.Function):
     ) -> Any:
         """Compute the outputs ``(..., out_dim)`` of ``x (..., in_dim)``, and keep what the gradients need."""
         ctx.gradient, ctx.updates = gradient, updates
-        rows = x.shape[:-1].numel()
-        ctx.can_be_whole = _can_be_whole(weight, updates, factors)
+        rows, cast = x.shape[:-1].numel(), _cast(updates, factors)
+        ctx.can_be_whole = _can_be_whole(weight, updates, cast)
         inner: list[torch.Tensor] = []
         masks: list[torch.Tensor | None] = [None] * len(updates)
         if ctx.can_be_whole and 2 * x.shape[-1] <= rows:
-            out = functional.linear(x, updated(weight, updates, factors), bias)
+            out = functional.linear(x, updated(weight, updates, cast), bias)
         else:
-            out, inner, masks = _separately(x, weight, bias, updates, factors)
-        ctx.has_inner, ctx.has_bias = bool(inner), bias is not None
-        ctx.save_for_backward(x, weight, *factors, *masks, *inner)
+            out, inner, masks = _separately(x, weight, bias, updates, cast)
+        ctx.save_for_backward(x, weight, *factors, *cast, *masks, *inner)
         return _no_view(out)
 
     @staticmethod
@@ -199,10 +253,10 @@ class LowRankLinear(torch.autograd.Function):
         """Return the gradients of ``x`` and of the update's parameters; the frozen weight has none."""
         count = len(ctx.updates)
         x, weight, *rest = ctx.saved_tensors
-        factors, masks, inner = rest[: 2 * count], rest[2 * count : 3 * count], rest[3 * count :]
+        given, factors, masks, inner = (rest[start * count : end * count] for start, end in ((0, 2), (2, 4), (4, 5), (5, 6)))
         gradient = ctx.gradient
-        if torch.is_grad_enabled():
-            inner, gradient = [], None  # they would be constants in the gradient of this
+        if torch.is_grad_enabled():  # they would be constants in the gradient of this
+            factors, inner, gradient = _cast(ctx.updates, given), [], None
         flat, g_flat = _rows(x), _rows(g)
         needs_x, needs_factors = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
         whole = ctx.can_be_whole and 2 * g.shape[-1] <= len(g_flat)
@@ -216,19 +270,19 @@ class LowRankLinear(torch.autograd.Function):
             part = part.reshape(*part.shape[: up.dim() - 1], up.shape[-2]).to(up.dtype)
             grad_down = grad_up = None
             if needs_factors[2 * number] or (needs_x and not whole):
-                u = part @ up
+                u = _scaled(part, up, update.scale)
                 if needs_factors[2 * number]:
-                    grad_down = u.mT @ _for(dropped, down).to(down.dtype) * update.scale
+                    grad_down = _gradient_of(given[2 * number], u.mT @ _for(dropped, down).to(down.dtype))
                 if grad_x is not None and not whole:
                     if update.dropout:
-                        grad_x.add_(u @ down * masks[number], alpha=update.scale / (1 - update.dropout))
+                        grad_x.add_(u @ down * masks[number], alpha=1 / (1 - update.dropout))
                     elif gradient is not None and u.dim() == 2 and u.dtype == grad_x.dtype:
-                        gradient.add_later(u, down * update.scale)
+                        gradient.add_later(u, down)
                     else:
-                        _add_product(_for(grad_x, down), u, down, update.scale)
+                        _add_product(_for(grad_x, down), u, down)
             if needs_factors[2 * number + 1]:
-                z = inner[number] if inner else _inner(dropped, down)
-                grad_up = (z.mT @ part).mT.contiguous() * update.scale
+                z = inner[number] if inner else _inner(dropped, down, update.scale)
+                grad_up = _gradient_of(given[2 * number + 1], (z.mT @ part).mT)
             grads += [grad_down, grad_up]
         own = None if grad_x is None or gradient is not None else grad_x.view(x.shape)  # what is shared has its own way
         return own, None, None, None, None, *grads
@@ -251,7 +305,7 @@ class DirectedLinear(torch.autograd.Function):
         straight = out if bias is None else out - bias
         # In this form it is the output of W to the last bit where c is one.
         out = out * ratio if bias is None else out.addcmul_(straight, ratio - 1)
-        ctx.gradient, ctx.update, ctx.has_bias = gradient, update, bias is not None
+        ctx.gradient, ctx.update = gradient, update
         ctx.save_for_backward(x, weight, down, up, ratio, straight)
         return _no_view(out)
 
@@ -271,7 +325,7 @@ class DirectedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[6]:
             grad_down = (g_flat @ (up * scale)).T @ flat
         if ctx.needs_input_grad[7]:
-            grad_up = (_inner(flat, down).T @ g_flat).T * scale
+            grad_up = (_inner(flat, down, 1.0).T @ g_flat).T * scale
         if ctx.needs_input_grad[8]:
             grad_ratio = (g_flat * _rows(straight)).sum(0)
         return grad_x if gradient is None else None, None, None, None, None, None, grad_down, grad_up, grad_ratio

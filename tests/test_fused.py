@@ -17,13 +17,13 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from deltaexp import AdapterModel, DeltaModel, LoraModel, fused, route, speed
+from deltaexp import AdapterModel, DeltaModel, LoraModel, fused, low_rank, route, speed
 from deltaexp.deltas._linear import LinearMap
 from deltaexp.deltas.loha import LohaLayer
 from deltaexp.deltas.lokr import LokrLayer
 from deltaexp.deltas.lora import LoraLayer
 from deltaexp.errors import ConfigError
-from deltaexp.low_rank import DirectedLinear, LowRankLinear, ShiftedLinear, Update, low_rank_linear, updated
+from deltaexp.low_rank import DirectedLinear, LowRankLinear, ShiftedLinear, Update, low_rank_linear, simply, updated
 
 PARTS = [
     (Update(0.5, 0.0, None),),
@@ -64,6 +64,37 @@ def test_gradients(number: int, rows: int, transposed: bool) -> None:
     if not updates[0].dropout:
         with torch.no_grad():
             torch.testing.assert_close(function(x, *factors), low_rank_linear(x, weight, bias, updates, *factors))
+            if not batch and updates[0].part is None:
+                torch.testing.assert_close(function(x, *factors), simply(x, weight, bias, updates, *factors))
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+@pytest.mark.parametrize("setting", ["float32", "bfloat16", "autocast", "float32 on bfloat16", "dropout"])
+def test_small_inputs(kind: str, setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are left to PyTorch's own operations, which come to the same; what these cannot compute is not."""
+    torch.manual_seed(0)
+    net = Net(kind)
+    delta_on(net, lora_r=3, lora_dropout=0.3 if setting == "dropout" else 0.0)
+    if setting.endswith("bfloat16"):
+        net.map.to(torch.bfloat16)
+        net.map.lora.to(torch.bfloat16 if setting == "bfloat16" else torch.float32)
+    x = torch.randn(2, 5, 8, dtype=net.map.weight.dtype)
+
+    def run(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=setting == "autocast"):
+            return net(x)
+
+    fused_once, expected = computed(net, x, by_hooks=False, run=run)
+    monkeypatch.setattr(low_rank, "SMALL", 2 * 5 * (8 + 12) + 1)
+    fused_again, found = computed(net, x, by_hooks=False, run=run)
+    assert fused_once
+    assert fused_again == (setting in ("float32 on bfloat16", "dropout"))
+    tolerance = 1e-5 if setting in ("float32", "dropout") else 0.03
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * float(other.detach().abs().max()))
+    monkeypatch.setattr(low_rank, "SMALL", 2 * 5 * (8 + 12))
+    assert computed(net, x, by_hooks=False, run=run)[0], "too large"
 
 
 @pytest.mark.parametrize("kind", ["loha", "lokr"])
