@@ -232,16 +232,21 @@ class Shortcut:
         self._beside: dict[int, tuple[Any, ...] | None] = {}
         """What the last frozen block returns beside hidden states, by the length of the texts; under 0 if it is nothing."""
         self._open: contextlib.ExitStack | None = None
-        base = frozen.base
-        self._handles = [
-            base.register_forward_pre_hook(self._enter, with_kwargs=True),
-            base.register_forward_hook(self._leave, always_call=True),
-        ]
+        self._handles: list[Any] = []
+        self.put()
+
+    def put(self) -> None:
+        """Let the backbone's forward pass go on from known activations; a second call changes nothing."""
+        if not self._handles:
+            self._handles = [
+                self.frozen.base.register_forward_pre_hook(self._enter, with_kwargs=True),
+                self.frozen.base.register_forward_hook(self._leave, always_call=True),
+            ]
 
     def remove(self) -> None:
         """Let the backbone compute everything again."""
-        for handle in self._handles:
-            handle.remove()
+        while self._handles:
+            self._handles.pop().remove()
 
     def _enter(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         if module.training and not self.training:

@@ -65,12 +65,31 @@ class Ownership:
         self.trained = {name: value for name, value in self.trained.items() if name in names}
 
     def release(self) -> None:
-        """Give every parameter its original value back, and keep the trained ones."""
+        """Give every parameter its original value back, and keep the trained ones; a second call changes nothing."""
+        if not self.active:
+            return
         parameters = backbone_parameters(self.backbone)
         self.trained = {name: parameters[name].detach().clone() for name in self.without}
         assign(parameters, self.without)
         self._record(self._others())
         self.active = False
+
+    def exchange(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Do what `release` does, or after that `take`, by exchanging memory: without copying.
+
+        Args:
+            parameters: The backbone's parameters, those that are owned at least, by name.
+        """
+        others = self._others()
+        if self.active:
+            now, self.trained = self.without, {name: parameters[name].data for name in self.without}
+        else:
+            now, self.trained = self.trained, {}
+            self.without = {name: parameters[name].data for name in now}
+        for name, value in now.items():
+            parameters[name].data = value
+        self.active = not self.active
+        self._record({**others, **self.without} if self.active else others)
 
     def values(self) -> dict[str, torch.Tensor]:
         """Return the trained values under the parameters' names."""

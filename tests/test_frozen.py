@@ -67,6 +67,9 @@ def check(model: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
         for block in list(part.blocks)[part.depth : part.depth + 1]
     ]
     shortcut = Shortcut(part, lambda given: torch.stack(rows), training=False)
+    shortcut.remove()
+    shortcut.put()
+    shortcut.put()  # changes nothing
     measured = outcome(model, inputs)
     for handle in handles:
         handle.remove()

@@ -4,7 +4,8 @@ Each run goes on as if it were alone (`deltaexp.lab.turns`), up to its training.
 next can begin on the same backbone. When all are there, the deltas are attached together, and whenever each run has a batch,
 the backbone computes all batches as one (`deltaexp.lab.joint_step`). The losses are the runs' own, and the gradients of their
 logits go back through the backbone together. Optimizers, schedules, evaluations and checkpoints are each run's own, as ever.
-So a step differs from that of a separate run by rounding only.
+So a step differs from that of a separate run by rounding only. Parameters of the backbone that runs train, such as those of a
+new head, have a run's own values while it is the run's turn.
 
 That is faster where a batch is too small to keep the hardware busy. It is tried out before the first step, and if it is not, or
 cannot be, the runs train one after the other.
@@ -23,19 +24,26 @@ import torch
 from torch import nn
 
 from deltaexp.errors import DeltaExpError
-from deltaexp.lab import joint_step
+from deltaexp.lab import joint_step, smoothing
 from deltaexp.lab.backbones import Backbone
 from deltaexp.lab.config import RunConfig
 from deltaexp.lab.sharing import Shared
+from deltaexp.lab.shortcuts import Shortcuts
 from deltaexp.lab.taskconfig import TaskConfig
 from deltaexp.lab.tasks.kinds.chat import Chat
+from deltaexp.lab.tasks.kinds.choices import Choices
+from deltaexp.lab.tasks.kinds.heads import Headed
 from deltaexp.lab.tasks.kinds.language import CausalLM
 from deltaexp.lab.tasks.kinds.text import Text
+from deltaexp.lab.tasks.kinds.tokens import TokenClassification
 from deltaexp.lab.telling import Clock
 from deltaexp.lab.turns import Turns
 from deltaexp.model import DeltaModel
 from deltaexp.routing import route
+from deltaexp.structure import backbone_parameters
 
+NEXT_TOKEN, BY_HEAD = (Text, CausalLM, Chat), (Headed, TokenClassification, Choices)
+"""Kinds of tasks whose loss is that of the next tokens, and of the labels that a head tells."""
 ASSEMBLED, TRAINED, SEPARATELY = "assembled", "trained", "separately"
 """What a run says when it is about to train and when it has trained; and the answer that it trains by itself."""
 
@@ -53,9 +61,12 @@ class Seat(Shared):
         self.turns = Turns(lambda: run(self))
         self.joined: dict[str, Any] | None = None
         self.alone: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
-        """Makes a context in which no other run's delta is in the backbone."""
+        """Makes a context in which the backbone is as this run alone would have it."""
+        self.short: Any = None
+        """What the run leaves out."""
         self._trainer: Any = None
         self._own: list[nn.Parameter] = []
+        self._of_backbone: dict[str, nn.Parameter] = {}
         self._clock: Clock | None = None
         self._leaf: Any = None
 
@@ -86,17 +97,32 @@ class Seat(Shared):
         return self._trainer.args.device
 
     def trained(self) -> list[nn.Parameter]:
-        """Return the parameters that the run trains."""
+        """Return the parameters that the run trains: those of the delta's layers, then those of the backbone."""
         return self._own
 
-    def train(self, trainer: Any, checkpoint: Path | None, clock: Clock) -> None:
+    def owned(self) -> dict[str, torch.Tensor]:
+        """Return the run's values of those parameters of the backbone, by name, while it is not the run's turn."""
+        return self.delta_model._ownership.trained
+
+    def hold(self, wanted: bool) -> None:
+        """Have the run's values in the backbone's parameters that it trains, or take them out."""
+        ownership = self.delta_model._ownership
+        if self.delta_model.attached and ownership.active != wanted:
+            ownership.exchange(self._of_backbone)
+
+    def train(self, trainer: Any, short: Shortcuts, checkpoint: Path | None, clock: Clock) -> None:
         """Train together with the others, or by itself where that cannot be."""
-        self._trainer, self._clock = trainer, clock
+        self._trainer, self._clock, self.short = trainer, clock, short
+        names, parameters = self.delta_model._owned_names(), backbone_parameters(self.delta_model.backbone_model)
+        self._of_backbone = {name: parameter for name, parameter in parameters.items() if name in names}
+        self.hold(False)
         why = refused(trainer)
+        self.hold(True)
         if why is None:
             trainer.create_optimizer()  # while the delta's parameters have names of their own
             trainer.unwrap()
             settings = self.shared.settings()
+            short.put_aside()
             if not self.shared.put_aside(self.delta_model):
                 self._return(settings)
                 why = "something else hangs in the backbone"
@@ -106,13 +132,16 @@ class Seat(Shared):
             return
         layers = [attachment.layer for attachment in self.delta_model.attachments]
         self._own = [parameter for layer in layers for parameter in layer.parameters() if parameter.requires_grad]
+        self._own += self._of_backbone.values()
         trainer.alone = lambda: self.alone()
         try:
-            trainer.joint = self if self._ask(ASSEMBLED) != SEPARATELY else None
+            self._ask(ASSEMBLED)
+            trainer.joint = self
             self.shared.set(settings)
             trainer.train_from(checkpoint)
         finally:
             trainer.joint, trainer.alone = None, contextlib.nullcontext
+            short.put_aside()
             self.delta_model.detach()
         settings = self.shared.settings()
         self._ask(TRAINED)
@@ -123,18 +152,57 @@ class Seat(Shared):
         """Go on with the backbone as this run had left it."""
         self.shared.take_up(self.device)
         self.shared.set(settings)
+        self.attach()
+        self.short.take_up()
+
+    def attach(self) -> None:
+        """Put the run's delta into the backbone."""
         self.delta_model.attach()
         self.delta_model.freeze_module()
 
-    def logits(self, inputs: joint_step.Batch) -> torch.Tensor | None:
-        """Return the logits of a batch, computed with those of the others; None if the run trains by itself from now on."""
+    def loss(self, inputs: joint_step.Batch) -> torch.Tensor | None:
+        """Return the loss of a batch, computed with those of the others; None if the run trains by itself from now on."""
+        if self._trainer.label_smoother is not None or not inputs[joint_step.LABELS].is_floating_point():
+            inputs = smoothing.prepared(inputs, self.delta_model.backbone_model)
         answer = self._ask(inputs)
         if isinstance(answer, str):
             self._trainer.joint = None
             self._trainer.model.train()  # another run has ended with an evaluation
+            self.short.take_up()
             return None
         self._leaf = answer
-        return answer
+        smoother = self._trainer.label_smoother
+        return self.loss_of(answer, inputs, 0.0 if smoother is None else smoother.epsilon)
+
+    def loss_of(self, logits: torch.Tensor, batch: joint_step.Batch, smoothed: float = 0.0) -> torch.Tensor:
+        """Return the mean loss of a batch, which is the model's own where no label is smoothed."""
+        backbone: Any = self.delta_model.backbone_model
+        shifted = isinstance(self._trainer.kind, NEXT_TOKEN) and not backbone.config.is_encoder_decoder
+        return joint_step.loss(logits, batch[joint_step.LABELS], shifted, smoothed)
+
+    @contextlib.contextmanager
+    def by_itself(self, team: Sequence[Seat], short: Sequence[Any]) -> Iterator[None]:
+        """Within this context the backbone is as the run alone would have it.
+
+        Args:
+            team: The runs whose layers are in the backbone.
+            short: What these leave out together.
+        """
+        was = self.delta_model._ownership.active
+        for part in short:
+            part.remove()
+        try:
+            with joint_step.only(self, team):
+                self.short.take_up()
+                self.hold(True)
+                try:
+                    yield
+                finally:
+                    self.hold(was)
+                    self.short.put_aside()
+        finally:
+            for part in short:
+                part.put()
 
     def backward(self) -> None:
         """Add the gradients that come from the backbone to those that the parameters have by now."""
@@ -150,10 +218,12 @@ class Seat(Shared):
         for parameter in self._own:
             parameter.grad = None
             parameter.requires_grad_(False)
+        self.hold(False)
         start = time.perf_counter()
         try:
             answer, share = self.turns.ask(request)
         finally:
+            self.hold(True)
             for parameter, gradient in zip(self._own, held, strict=True):
                 parameter.requires_grad_(True)
                 parameter.grad = gradient
@@ -164,9 +234,9 @@ class Seat(Shared):
 def refused(trainer: Any) -> str | None:
     """Say in a clause why a run cannot be trained together with others; None where nothing speaks against it yet."""
     delta_model: DeltaModel = trainer.delta_model
-    if not isinstance(trainer.kind, (Text, CausalLM, Chat)):
-        return "its loss is not that of the next tokens"
-    if delta_model._owned_names():
+    if not isinstance(trainer.kind, NEXT_TOKEN + BY_HEAD):
+        return "its loss is neither that of the next tokens nor that of labels"
+    if delta_model._in_place:
         return "it trains parameters of the backbone itself"
     try:
         with route([delta_model]):
@@ -187,6 +257,8 @@ class Team:
     def __init__(self, runs: Sequence[Callable[[Shared], Any]], shared: Shared, say: Callable[[str], Any]) -> None:
         self.shared, self.say = shared, say
         self.seats = [Seat(shared, run) for run in runs]
+        self._short: list[Any] = []
+        """What a step of all leaves out."""
 
     def go(self) -> Iterator[tuple[int, Any]]:
         """Do the runs, and yield the number of each, with what it returned, when it is over.
@@ -224,14 +296,20 @@ class Team:
         """Train the runs that are assembled, until each has trained or is over."""
         backbone = self.shared.take_up(seats[0].device)
         names = [(attachment, attachment.attribute) for seat in seats for attachment in seat.delta_model.attachments]
+        self._short = _left_out_by_all(seats)
         try:
             for number, seat in enumerate(seats):
                 for attachment in seat.delta_model.attachments:
                     attachment.attribute += f"_of_run_{number}"
-                _attach(seat)
-                seat.alone = partial(joint_step.only, seat, seats)
+                seat.attach()
+                seat.hold(False)
+                seat.alone = partial(seat.by_itself, seats, self._short)
+            for part in self._short:
+                part.put()
             self._steps(backbone, seats)
         finally:
+            for part in self._short:
+                part.remove()
             for seat in seats:
                 seat.delta_model.detach()
             for attachment, name in names:
@@ -277,11 +355,13 @@ class Team:
 
     def _one_by_one(self, seats: list[Seat]) -> None:
         """Have each run trained as if the others were not there."""
+        for part in self._short:
+            part.remove()
         for seat in seats:
             seat.delta_model.detach()
             seat.alone = contextlib.nullcontext
         for seat in seats:
-            _attach(seat)
+            seat.attach()
             self._go_on(seat, SEPARATELY)
 
 
@@ -291,6 +371,8 @@ def _set_trained(seats: Sequence[Seat], trained: bool) -> None:
             parameter.requires_grad_(trained)
 
 
-def _attach(seat: Seat) -> None:
-    seat.delta_model.attach()
-    seat.delta_model.freeze_module()
+def _left_out_by_all(seats: Sequence[Seat]) -> list[Any]:
+    """Return what a step of all leaves out: what every run does, and of frozen blocks the fewest."""
+    frozen, single = [seat.short.shortcut for seat in seats], [seat.short.one_token for seat in seats]
+    together = all(frozen) and all(part.training for part in frozen)
+    return [*([min(frozen, key=lambda part: part.frozen.depth)] if together else []), *(single[:1] if all(single) else [])]

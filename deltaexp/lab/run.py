@@ -211,7 +211,7 @@ def _train(
         told += telling.together(processes.count(), trainer.global_batch_size, config.trainer.sharding)
         with clock.phase("train", told):
             if counts["trainable"]:
-                shared.train(trainer, checkpoint_folder, clock)
+                shared.train(trainer, short, checkpoint_folder, clock)
             else:
                 console.print("  nothing is trainable: the backbone is measured as it is")
         pruning.check(claim)

@@ -23,6 +23,7 @@ from deltaexp.digest_cache import model_digests
 from deltaexp.lab import backbones, processes
 from deltaexp.lab.backbones import Backbone
 from deltaexp.lab.config import RunConfig
+from deltaexp.lab.shortcuts import Shortcuts
 from deltaexp.lab.taskconfig import TaskConfig
 from deltaexp.lab.telling import Clock
 from deltaexp.model import DeltaModel
@@ -101,11 +102,12 @@ class Shared:
             delta_model.detach()
             self._kept[1].model.to(self._kept[2].device)
 
-    def train(self, trainer: Any, checkpoint: Path | None, clock: Clock) -> None:
+    def train(self, trainer: Any, short: Shortcuts, checkpoint: Path | None, clock: Clock) -> None:
         """Have a run trained, from a checkpoint on where there is one.
 
         Args:
             trainer: Its trainer.
+            short: What it leaves out.
             checkpoint: The folder of the checkpoint.
             clock: What measures the run.
         """

@@ -156,9 +156,19 @@ class Shortcuts:
 
     def __exit__(self, *_: object) -> None:
         """Leave nothing out any more."""
+        self.put_aside()
+
+    def put_aside(self) -> None:
+        """Leave nothing out until `take_up`."""
         for one in (self.shortcut, self.one_token):
             if one is not None:
                 one.remove()
+
+    def take_up(self) -> None:
+        """Leave out again what was left out before `put_aside`."""
+        for one in (self.shortcut, self.one_token):
+            if one is not None:
+                one.put()
 
     def _begin(self, last: LastBlock | str, found: Frozen | str) -> Frozen | str:
         """Begin with what stands the trial; return the frozen blocks, or a clause why their activations are not kept."""

@@ -16,7 +16,7 @@ from torch.utils.data import Sampler
 
 from deltaexp.checkpoint import WEIGHTS
 from deltaexp.errors import ConfigError, DamagedFileError, RunError, listing, unknown
-from deltaexp.lab import arguments, checkpoints, joint_step, optimizers, processes, quantisation, sharding, smoothing
+from deltaexp.lab import arguments, checkpoints, optimizers, processes, quantisation, sharding, smoothing
 from deltaexp.lab.callbacks import CheckpointCallback, LossCallback, StepCallback
 from deltaexp.lab.checkpoints import Checkpoints
 from deltaexp.lab.config import TrainerConfig
@@ -232,12 +232,8 @@ class DeltaTrainer(ParallelTrainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **options: Any) -> Any:
         """Return the task's loss, while training with the term that the delta's type adds (AdaLoRA has one)."""
-        logits = self._joint_logits(inputs) if self.joint is not None and model.training else None
-        if logits is not None:
-            smoothed = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
-            shifted = not self.model.config.is_encoder_decoder
-            loss, outputs = joint_step.loss(logits, inputs["labels"], shifted, smoothed), {"logits": logits}
-        else:
+        outputs, loss = None, self.joint.loss(inputs) if self.joint is not None and model.training else None
+        if loss is None:
             loss, outputs = self._own_loss(model, inputs, **options)
         if model.training:
             penalty = self.delta_model.penalty()
@@ -253,11 +249,6 @@ class DeltaTrainer(ParallelTrainer):
             return super().compute_loss(model, inputs, return_outputs=True, **options)
         finally:
             self.label_smoother = smoother
-
-    def _joint_logits(self, inputs: dict[str, Any]) -> torch.Tensor | None:
-        """Return the logits of a batch, from a forward pass of several runs; None where there is none any more."""
-        inputs = smoothing.prepared(inputs, self.delta_model.backbone_model)
-        return self.joint.logits({name: value for name, value in inputs.items() if name != "labels"})
 
     def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
         """Compute loss and gradients of a batch."""

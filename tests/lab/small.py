@@ -30,7 +30,7 @@ from deltaexp.lab.report import resampling
 WORDS = ["a", "good", "fine", "great", "bad", "poor", "awful", "film", "plot", "the", "was"]
 
 
-def bert(folder: Path) -> Path:
+def bert(folder: Path, **settings: Any) -> Path:
     """Write a random BERT encoder, without a classifier, and its tokenizer."""
     folder.mkdir(parents=True)
     vocabulary = folder / "vocab.txt"
@@ -39,7 +39,7 @@ def bert(folder: Path) -> Path:
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=32, initializer_range=0.3,
+        max_position_embeddings=32, initializer_range=0.3, **settings,
     )  # fmt: skip
     BertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

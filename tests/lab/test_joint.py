@@ -69,6 +69,75 @@ def test_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert said[0].startswith("2 runs are trained together: a step of all takes ")
 
 
+@pytest.fixture(scope="session")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a BERT encoder without dropout."""
+    folder = tmp_path_factory.mktemp("calm") / "bert"
+    return small.bert(folder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+
+def with_head(kind: str, folder: Path) -> list[str]:
+    """Write rows of different lengths for a task that a head answers, and return the words that name it."""
+    texts = [" ".join(small.WORDS[(n + i) % 11] for i in range((2, 5, 10, 4)[n % 4])) for n in range(32)]
+    made: dict[str, tuple[list[str], Any]] = {
+        "classification": (["task=sst2"], lambda n, text: {"sentence": text, "label": n % 2}),
+        "regression": (["task=stsb"], lambda n, text: {"sentence1": text, "sentence2": "a film", "label": n / 4}),
+        "tokens": (
+            ["task=wnut_17", "task.labels=[O,B-PER]"],
+            lambda n, text: {"tokens": text.split(), "ner_tags": [word in small.WORDS[:4] for word in text.split()]},
+        ),
+        "choices": (
+            ["task=copa"],
+            lambda n, text: {"premise": text, "question": "cause", "choice1": "a plot", "choice2": text, "label": n % 2},
+        ),
+    }
+    words, row = made[kind]
+    data = small.table(folder / kind, [row(n, text) for n, text in enumerate(texts)])
+    return [*words, f"task.data={data}", "task.test_split=null"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["classification", "regression", "tokens", "choices"])
+def test_heads(kind: str, calm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every run has a head of its own, from its own seed, and leaves out what it would leave out alone."""
+    common = ["backbone=local", f"backbone.source={calm}", *with_head(kind, tmp_path), "layers=last:1"]
+    jobs = [[*common, "delta_type=lora", "seed=1"], [*common, "delta_type=adapter", "seed=2", "trainer.max_steps=10"]]
+    usual = ["trainer=smoke", *QUIET, "trainer.max_steps=8"]
+    found, said = team(tmp_path, jobs, TOGETHER, monkeypatch, usual)
+    assert "together" in said[0], said
+    for number, words in enumerate(jobs):
+        one = found[number]
+        assert one.results["trained_together"]["runs"] == 2
+        if number and kind != "classification":
+            continue
+        other = go(tmp_path / f"alone{number}", words, usual=usual)
+        close(one, other, 1e-3)
+        assert one.results["shortcuts"] == other.results["shortcuts"]
+        assert (one.results["shortcuts"]["last_block"] == "first token") == (kind != "tokens")
+    if kind == "classification":
+        assert all(one.results["shortcuts"]["while_training"] for one in found)
+
+
+@pytest.mark.slow
+def test_heads_one_by_one_and_with_everything_else(calm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    common = ["backbone=local", f"backbone.source={calm}", *with_head("classification", tmp_path)]
+    common += ["trainer.gradient_accumulation_steps=2", "trainer.eval_every=2", "trainer.restore_best=true"]
+    common += ["trainer.label_smoothing=0.1", "trainer.max_grad_norm=0.5", "trainer.save_every=1"]
+    usual = ["trainer=smoke", *QUIET, "trainer.max_steps=4"]
+    jobs = [[*common, "delta_type=lora", "seed=1"], [*common, "delta_type=none", "seed=2"], [*common, "delta_type=full"]]
+    jobs[0].append("unfrozen_modules=[deltas,LayerNorm]")
+    alone = [go(tmp_path / f"alone{number}", words, usual=usual) for number, words in enumerate(jobs)]
+    for faster in (TOGETHER, ONE_BY_ONE):
+        found, said = team(tmp_path / str(faster), jobs, faster, monkeypatch, usual)
+        assert [line.split(":")[0] for line in said] == [f"2 runs are trained {'together' if faster else 'one by one'}"]
+        for number, one in enumerate(found):
+            if faster and number < 2:
+                close(one, alone[number], 2e-3)
+            else:
+                assert digests(one.folder) == digests(alone[number].folder)
+            assert (one.results["trained_together"] is not None) == (faster > 0 and number < 2)
+
+
 @pytest.mark.slow
 def test_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = [["delta_type=lora", "seed=1"], ["delta_type=ia3"], ["delta_type=lora", "lora_r=2"]]
