@@ -11,13 +11,18 @@ makes is left out meanwhile.) Then with ``h``, and of the inputs that have one e
 of ``h``; where it calls the interface, it computes with the keys and values of ``H``, and the mask's rows of ``h``. What leaves
 the block is repeated to the full length, so that the head finds its token wherever it looks for it.
 
+An attention that computes by itself, as DeBERTa's, is a call of its module: the first call ends behind it, and the second one
+takes over what it has made of ``h``. Then what is saved is what follows the attention.
+
 It is for blocks in which nothing else than one attention looks at other tokens, and for heads that read no other, which
 `deltaexp.lab.shortcuts` tries out.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,9 +51,10 @@ class LastBlock:
 
     block: nn.Module
     core: Any
-    """The module in it that calls the attention interface."""
-    query: tuple[nn.Module, str] | None
-    """The module that makes queries and nothing else, by the one that has it and its name there."""
+    """The module in it that calls the attention interface; None for an attention that is only known as a module."""
+    part: tuple[nn.Module, str] | None
+    """With `core`, the module that makes queries and nothing else, or None; without it, that of the attention: the module that
+    has it, and its name there."""
     read: str
     """Which token the head reads, if it reads one: ``first``, or ``last`` for the last one that is no padding."""
     random: str | None
@@ -66,36 +72,46 @@ def find(model: Any, attachments: list[Attachment]) -> LastBlock | str:
         return "its head reads more than one token"
     stacks = blocks(model)
     if len(stacks) != 1:
-        return f"the backbone has {'more than one' if stacks else 'no'} stack of blocks"
+        return f"the backbone has {len(stacks)} stacks of blocks, not 1"
     name = stacks[0][-1]
-    block = model.get_submodule(name)
-    cores: list[Any] = [inner for inner in block.modules() if calls_interface(inner)]
-    if len(cores) != 1 or chooses_by_name(cores[0]):
-        return "its last block does not call transformers' attention interface, or more than once, or in a way of its own"
-    if cores[0].config._attn_implementation.removeprefix("deltaexp_") not in MASKED:
-        return "its attention function is neither eager nor sdpa"
     for attachment in attachments:
         if f"{attachment.site}.".startswith(f"{name}.") and not attachment.layer.tokenwise:
             return f"{type(attachment.layer).__name__} in its last block does not compute every token by itself"
     # transformers' heads on causal models have this in common.
     last = "last_non_pad_token" in inspect.unwrap(type(model).forward).__code__.co_varnames
-    random = random_in({inner: module for inner, module in model.named_modules() if f"{inner}.".startswith(f"{name}.")})
-    return LastBlock(block, cores[0], _query(model, name, attachments), "last" if last else "first", random)
-
-
-def _query(model: nn.Module, block: str, attachments: list[Attachment]) -> tuple[nn.Module, str] | None:
-    found = [
-        name
-        for name, roles in common_structure(model).items()
-        if f"{name}.".startswith(f"{block}.") and [role.name for role in roles] == ["attn.q"] and roles[0].rows is None
-    ]
+    read, block = "last" if last else "first", model.get_submodule(name)
+    random = random_in({f"{name}.{inner}".rstrip("."): module for inner, module in block.named_modules()})
+    roles = {
+        other: {role.name for role in found if role.rows is None}
+        for other, found in common_structure(model).items()
+        if other.startswith(f"{name}.")
+    }
+    cores: list[Any] = [inner for inner in block.modules() if calls_interface(inner)]
+    names = [core.config._attn_implementation.removeprefix("deltaexp_") for core in cores if not chooses_by_name(core)]
+    if len(cores) == len(names) == 1 and names[0] in MASKED:
+        return LastBlock(block, cores[0], _query(model, roles, attachments), read, random)
+    found = [other for other, its in roles.items() if its & {"attn", "mixer"}]
     if len(found) != 1:
+        return "its last block has no attention that is a module of its own"
+    inside = set(model.get_submodule(found[0]).modules())
+    if any(one.after is not None and one.module in inside and one.after not in inside for one in attachments):
+        return "a delta leads out of the attention of its last block"
+    return LastBlock(block, None, _place(model, found[0]), read, random)
+
+
+def _query(model: Any, roles: dict[str, set[str]], attachments: list[Attachment]) -> tuple[nn.Module, str] | None:
+    """Return where the module is that makes queries and nothing else; None where there is none that could be left out."""
+    found = [name for name, its in roles.items() if its == {"attn.q"}]
+    if len(found) != 1 or not isinstance(query := model.get_submodule(found[0]), nn.Linear):
         return None
-    query = model.get_submodule(found[0])
     # What a delta hands on from there may go to the keys or values.
     paired = any(attachment.module is query and attachment.after is not None for attachment in attachments)
-    above, _, leaf = found[0].rpartition(".")
-    return None if paired or not isinstance(query, nn.Linear) else (model.get_submodule(above), leaf)
+    return None if paired else _place(model, found[0])
+
+
+def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    above, _, leaf = name.rpartition(".")
+    return model.get_submodule(above), leaf
 
 
 class OneToken:
@@ -111,11 +127,11 @@ class OneToken:
 
     def __init__(self, model: Any, last: LastBlock) -> None:
         self.model, self.last = model, last
-        self._without_query: dict[str, StandIn] = {last.query[1]: NoQuery(getattr(*last.query))} if last.query else {}
         self._head: tuple[torch.Tensor | None, int] | None = None
         """During the model's forward pass: the numbers of the tokens that are read, None for the first, and the length."""
-        self._reading: _Reading | None = None
+        self._open: contextlib.ExitStack | None = None
         """During the block's."""
+        self._length = 0
         self._handles: list[Any] = []
         self.put()
 
@@ -149,7 +165,7 @@ class OneToken:
         self._head = None
 
     def _enter(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        states, core = first_input(args, kwargs), self.last.core
+        states = first_input(args, kwargs)
         cached = any(isinstance(value, Cache) for value in (*args, *kwargs.values()))
         if self._head is None or states.dim() != 3 or cached or (block.training and self.last.random):
             return None
@@ -157,24 +173,28 @@ class OneToken:
         numbers, given = self._head
         # Learned tokens are in front of those that the model is given.
         numbers = torch.zeros(rows, dtype=torch.long, device=states.device) if numbers is None else numbers + (length - given)
-        self._reading = _Reading(numbers, length)
-        core.__dict__["config"] = _View(core.config, self._reading)
+        reading = _Reading(numbers, length)
+        self._open, self._length = contextlib.ExitStack(), length
         try:
-            with standing_in(block if self.last.query is None else self.last.query[0], self._without_query):
+            if self.last.core is None:
+                self._open.enter_context(_stand_in(self.last.part, lambda module: _Attention(module, reading)))
                 block.forward(*args, **kwargs)
+            else:
+                self._open.enter_context(_viewed(self.last.core, reading))
+                with _stand_in(self.last.part, NoQuery):
+                    block.forward(*args, **kwargs)
         except _Reached:
-            return tree_map(self._reading.of_tokens, (args, kwargs))
-        raise RuntimeError("the last block has not called the attention interface")
+            return tree_map(reading.of_tokens, (args, kwargs))
+        raise RuntimeError("the last block has not called its attention")
 
     def _leave(self, block: nn.Module, args: tuple, output: Any) -> Any:
-        reading, core = self._reading, self.last.core
-        if reading is None:
+        if self._open is None:
             return None
-        self._reading = None
-        core.__dict__["config"] = core.config.original
-        if isinstance(output, tuple):
-            return (output[0].expand(-1, reading.length, -1), *output[1:])
-        return None if output is None else output.expand(-1, reading.length, -1)
+        self._open.close()
+        self._open = None
+        if isinstance(output, (tuple, list)):
+            return (output[0].expand(-1, self._length, -1), *output[1:])
+        return None if output is None else output.expand(-1, self._length, -1)
 
 
 class NoQuery(StandIn):
@@ -184,6 +204,44 @@ class NoQuery(StandIn):
         """Return zeros, shape ``(rows, length, out_dim)``."""
         x = first_input(args, kwargs)
         return x.new_zeros(*x.shape[:-1], self.out_features)
+
+
+class _Attention(StandIn):
+    """What is in the place of an attention that ends the first call, and gives its tokens to the second.
+
+    Args:
+        block: The attention.
+        reading: The two calls.
+    """
+
+    def __init__(self, block: nn.Module, reading: _Reading) -> None:
+        super().__init__(block)
+        self.reading = reading
+        self.found: tuple[Any] | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the attention does, for the tokens that are read."""
+        if self.found is None:
+            output = self.__dict__["block"](*args, **kwargs)
+            self.found = (tree_map(self.reading.of_tokens, output),)
+            raise _Reached
+        return self.found[0]
+
+
+def _stand_in(place: tuple[nn.Module, str] | None, make: Callable[[nn.Module], StandIn]) -> Any:
+    """Within this context something is in the place of a module; without a place, nothing is."""
+    return standing_in(place[0], {place[1]: make(getattr(*place))}) if place else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _viewed(core: Any, reading: _Reading) -> Iterator[None]:
+    """Within this context an attention calls `_attend`."""
+    own = core.config
+    core.__dict__["config"] = _View(own, reading)
+    try:
+        yield
+    finally:
+        core.__dict__["config"] = own
 
 
 def _last(ids: torch.Tensor, config: Any) -> torch.Tensor:
