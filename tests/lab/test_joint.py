@@ -124,18 +124,18 @@ def test_heads_one_by_one_and_with_everything_else(calm: Path, tmp_path: Path, m
     common += ["trainer.gradient_accumulation_steps=2", "trainer.eval_every=2", "trainer.restore_best=true"]
     common += ["trainer.label_smoothing=0.1", "trainer.max_grad_norm=0.5", "trainer.save_every=1"]
     usual = ["trainer=smoke", *QUIET, "trainer.max_steps=4"]
-    jobs = [[*common, "delta_type=lora", "seed=1"], [*common, "delta_type=none", "seed=2"], [*common, "delta_type=full"]]
+    jobs = [[*common, "delta_type=lora", "seed=1"], [*common, "delta_type=none", "seed=2"]]
     jobs[0].append("unfrozen_modules=[deltas,LayerNorm]")
     alone = [go(tmp_path / f"alone{number}", words, usual=usual) for number, words in enumerate(jobs)]
     for faster in (TOGETHER, ONE_BY_ONE):
         found, said = team(tmp_path / str(faster), jobs, faster, monkeypatch, usual)
         assert [line.split(":")[0] for line in said] == [f"2 runs are trained {'together' if faster else 'one by one'}"]
         for number, one in enumerate(found):
-            if faster and number < 2:
+            if faster:
                 close(one, alone[number], 2e-3)
             else:
                 assert digests(one.folder) == digests(alone[number].folder)
-            assert (one.results["trained_together"] is not None) == (faster > 0 and number < 2)
+            assert (one.results["trained_together"] is not None) == (faster > 0)
 
 
 @pytest.mark.slow

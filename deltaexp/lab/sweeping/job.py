@@ -79,6 +79,12 @@ class Result:
     seconds: float | None = None
 
 
+def quiet(job: Job) -> Job:
+    """Return a job without progress bars, which would be drawn over those of others."""
+    trainer = dataclasses.replace(job.run.trainer, progress=False)
+    return dataclasses.replace(job, run=dataclasses.replace(job.run, trainer=trainer))
+
+
 def execute(job: Job, shared: Shared | None = None) -> Result:
     """Do a job, or what is left of it, and note in the sweep's record what came of it.
 

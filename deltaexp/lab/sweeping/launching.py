@@ -1,13 +1,14 @@
 """Jobs of a sweep in several processes, on a cluster by Slurm, or on a cluster of Ray's.
 
 Each function yields jobs with their results as these come in. A job that takes its process down with it, or is cancelled, is
-one that failed, and the others go on. Nothing here imports torch: the processes that execute jobs do.
+one that failed, and the others go on. On this machine a process may be given several jobs that are trained in one
+(`deltaexp.lab.sweeping.team`). Nothing here imports torch: the processes that execute jobs do.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import itertools
 import logging
 import os
 import re
@@ -20,8 +21,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from deltaexp.errors import ConfigError
-from deltaexp.lab.sweeping import record
-from deltaexp.lab.sweeping.job import Job, Result, execute
+from deltaexp.lab.sweeping import record, team
+from deltaexp.lab.sweeping.job import Job, Result, execute, quiet
 
 Results = Iterator[tuple[Job, Result]]
 LOOK, ASK = 0.5, 10.0
@@ -39,12 +40,6 @@ def need(launcher: str, package: str, extra: str) -> None:
     """
     if find_spec(package) is None:
         raise ConfigError(f'hydra/launcher={launcher} needs the package {package}: pip install "deltaexp[{extra}]".')
-
-
-def quiet(job: Job) -> Job:
-    """Return a job without progress bars, which would be drawn over those of others."""
-    trainer = dataclasses.replace(job.run.trainer, progress=False)
-    return dataclasses.replace(job, run=dataclasses.replace(job.run, trainer=trainer))
 
 
 def lost(job: Job, why: str) -> tuple[Job, Result]:
@@ -69,37 +64,48 @@ def in_processes(jobs: Sequence[Job], n_jobs: int) -> Results:
         )
     from joblib import Parallel, cpu_count, delayed
 
-    waiting, suspects = dict(enumerate(jobs)), list[int]()
+    processes = cpu_count() if n_jobs == -1 else n_jobs
+    waiting, suspects = dict(enumerate(team.formed(jobs, processes))), list[int]()
+    numbers = itertools.count(len(waiting))
     while waiting:
         # Where a process died, each job that was being executed may be why: they go on one by one, so that it shows.
         batch = suspects[:1] or list(waiting)
-        count = 1 if suspects else cpu_count() if n_jobs == -1 else n_jobs
+        count = 1 if suspects else processes
         # One process alone would be this one, so there are two, and one job at a time.
         pool = Parallel(n_jobs=max(2, count), backend="loky", return_as="generator_unordered", batch_size=1, pre_dispatch=count)
         results = pool(delayed(_in_silence)(number, waiting[number]) for number in batch)
         try:
             with contextlib.closing(results):
-                for number, result in results:
-                    yield waiting.pop(number), result
+                for number, found in results:
+                    yield from zip(waiting.pop(number), found, strict=True)
             suspects = suspects[1:]
         except BrokenProcessPool as error:
             if suspects:
                 suspects = suspects[1:]
-                yield lost(waiting.pop(batch[0]), f"Its process was killed, by the system or by somebody ({_short(error)}).")
+                (job,) = waiting.pop(batch[0])
+                yield lost(job, f"Its process was killed, by the system or by somebody ({_short(error)}).")
             else:
-                suspects = [number for number in batch if number in waiting and _began(waiting[number])]
-                if not suspects:
+                began = [number for number in batch if any(map(_began, waiting.get(number, ())))]
+                if not began:
                     raise
+                apart = {next(numbers): [job] for number in began for job in waiting.pop(number)}
+                waiting, suspects = {**apart, **waiting}, list(apart)
 
 
-def _in_silence(number: int, job: Job) -> tuple[int, Result]:
-    """Execute a job, whose log holds what it prints; what it warns of goes to a file beside it."""
-    job.path.mkdir(parents=True, exist_ok=True)
+def _in_silence(number: int, jobs: Sequence[Job]) -> tuple[int, list[Result]]:
+    """Execute jobs that may be trained in one, whose logs hold what they print; what is warned of goes beside the first's."""
+    jobs[0].path.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        warned = stack.enter_context(open(job.path / "stderr.log", "a", encoding="utf-8"))
+        warned = stack.enter_context(open(jobs[0].path / "stderr.log", "a", encoding="utf-8"))
         stack.enter_context(contextlib.redirect_stderr(warned))
-        return number, execute(quiet(job))
+        return number, _execute(jobs)
+
+
+def _execute(jobs: Sequence[Job]) -> list[Result]:
+    """Execute jobs that may be trained in one, and return their results in the same order."""
+    found = {job.identity: result for job, result in team.execute_together([quiet(job) for job in jobs])}
+    return [found[job.identity] for job in jobs]
 
 
 def _began(job: Job) -> bool:
@@ -113,17 +119,17 @@ def _short(error: Exception) -> str:
 
 
 class Resumable:
-    """What is submitted to a cluster: a job that goes on from its checkpoint wherever it is begun again."""
+    """What is submitted to a cluster: a job that goes on from its checkpoint wherever it is begun again, or several in one."""
 
-    def __call__(self, job: Job) -> Result:
-        """Execute the job, or what is left of it."""
-        return execute(job)
+    def __call__(self, jobs: Sequence[Job]) -> list[Result]:
+        """Execute the jobs, or what is left of them."""
+        return _execute(jobs)
 
-    def checkpoint(self, job: Job) -> Any:
+    def checkpoint(self, jobs: Sequence[Job]) -> Any:
         """Return what is to be done when the time that the cluster gave is over, or the job is preempted: the same."""
         from submitit.helpers import DelayedSubmission
 
-        return DelayedSubmission(self, job)
+        return DelayedSubmission(self, jobs)
 
 
 def by_submitit(
@@ -158,20 +164,30 @@ def by_submitit(
         executor.update_parameters(**own)
     except (NameError, ValueError, AssertionError, TypeError, RuntimeError) as error:
         raise ConfigError(f"hydra.launcher is not as submitit wants it: {error}") from error
-    waiting, begun = list(jobs), dict[Any, Job]()
-    look = _Slurm() if cluster == "slurm" else _Local()
+    processes = at_once or os.cpu_count() or 1
+    waiting = [[job] for job in jobs] if cluster == "slurm" else team.formed(jobs, processes)
+    begun, look = dict[Any, list[Job]](), _Slurm() if cluster == "slurm" else _Local()
+
+    def ended(together: list[Job], found: list[Result] | str) -> Results:
+        if not isinstance(found, str):
+            yield from zip(together, found, strict=True)
+        elif len(together) == 1:
+            yield lost(together[0], found)
+        else:
+            waiting.extend([job] for job in together)  # each may be why
+
     try:
         while waiting or begun:
             # Slurm takes them all, as an array with a limit of its own; on this machine the limit is kept here.
-            room = len(waiting) if cluster == "slurm" else (at_once or os.cpu_count() or 1) - len(begun)
+            room = len(waiting) if cluster == "slurm" else processes - len(begun)
             now, waiting = waiting[: max(0, room)], waiting[max(0, room) :]
             if now:
-                begun |= zip(executor.map_array(Resumable(), map(quiet, now)), now, strict=True)
+                begun |= zip(executor.map_array(Resumable(), now), now, strict=True)
             for submitted in list(begun):
                 if _has_result(submitted):
-                    yield _result(submitted, begun.pop(submitted))
+                    yield from ended(begun.pop(submitted), _results(submitted))
             for submitted, why in look.gone(begun).items():
-                yield lost(begun.pop(submitted), why)
+                yield from ended(begun.pop(submitted), why)
             time.sleep(LOOK if begun else 0)
     finally:
         for submitted in begun:
@@ -185,15 +201,15 @@ def _has_result(submitted: Any) -> bool:
     return path.exists()
 
 
-def _result(submitted: Any, job: Job) -> tuple[Job, Result]:
-    """Return what a job that was submitted came to."""
+def _results(submitted: Any) -> list[Result] | str:
+    """Return what the jobs that were submitted in one came to, or why there is nothing."""
     from submitit.core.utils import FailedJobError, UncompletedJobError
 
     try:
-        return job, submitted.result()
+        return submitted.result()
     except (FailedJobError, UncompletedJobError) as error:
         trace = re.split("-{20,}", str(error))  # submitit puts the traceback between two lines
-        return lost(job, f"{_last(trace[min(1, len(trace) - 1)])} Its output is in {str(submitted.paths.stderr)!r}.")
+        return f"{_last(trace[min(1, len(trace) - 1)])} Its output is in {str(submitted.paths.stderr)!r}."
 
 
 def _last(text: str) -> str:
@@ -204,7 +220,7 @@ def _last(text: str) -> str:
 class _Local:
     """Which processes of this machine have ended without a result."""
 
-    def gone(self, begun: Mapping[Any, Job]) -> dict[Any, str]:
+    def gone(self, begun: Mapping[Any, Sequence[Job]]) -> dict[Any, str]:
         ended = [one for one in begun if one.done() and not _has_result(one)]
         return {one: f"Its process ended without a result; its output is in {str(one.paths.stderr)!r}." for one in ended}
 
@@ -218,7 +234,7 @@ class _Slurm:
     def __init__(self) -> None:
         self.asked, self.missing = time.monotonic(), dict[str, str]()
 
-    def gone(self, begun: Mapping[Any, Job]) -> dict[Any, str]:
+    def gone(self, begun: Mapping[Any, Sequence[Job]]) -> dict[Any, str]:
         if not begun or time.monotonic() < self.asked + ASK:
             return {}
         self.asked = time.monotonic()

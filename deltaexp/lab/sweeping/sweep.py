@@ -30,6 +30,7 @@ class Runs(Protocol):
     """What a launcher of deltaexp does (`plugins/hydra_plugins/deltaexp_sweeping.py`)."""
 
     at_once: int | None
+    joins: bool
 
     def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Result]]:
         """Execute jobs, and yield each with its result."""
@@ -93,8 +94,8 @@ class Going:
         """
         runs: Any = launcher if hasattr(launcher, "run") else _Foreign(launcher)
         size = min([size for size in (batch, runs.at_once) if size], default=len(self.jobs))
-        wanted, joins = self.jobs[0].run.sweep.joint == "auto", getattr(runs, "joins", False)
-        if wanted and not joins:
+        wanted = self.jobs[0].run.sweep.joint == "auto"
+        if wanted and not runs.joins:
             self.console.print("sweep.joint=auto changes nothing: this launcher executes each job in a process of its own")
         left = self._left(self.jobs)
         self.console.print(f"{len(self.jobs)} jobs in {self.folder}, {len(left)} of them to do", markup=False)
@@ -102,7 +103,7 @@ class Going:
         while left and not self.stopped:
             ready = [job for job in left if not recovery.busy(job.path)]
             if ready:
-                self._launch(runs, team.formed(ready)[0][:batch] if wanted and joins else ready[:size])
+                self._launch(runs, team.formed(ready)[0][:batch] if wanted and runs.joins and size == 1 else ready[:size])
             else:
                 if not told:
                     what = f"{len(left)} jobs that another process is at work on"
@@ -158,7 +159,7 @@ class Going:
     def _launch(self, launcher: Runs, jobs: Sequence[Job]) -> None:
         """Have some jobs executed, and tell of each what came of it."""
         self.again -= {job.identity for job in jobs}
-        if len(jobs) == 1 or getattr(launcher, "joins", False):
+        if len(jobs) == 1 or launcher.at_once == 1:
             places = "\n    ".join(map(self._place, jobs))
             self.console.print(f"\n=== {places}{self._time_left()} ===", markup=False)
         results: Any = launcher.run(jobs)
@@ -221,7 +222,7 @@ def _free(path: Path) -> Path:
 class _Foreign:
     """Another launcher of Hydra's, which is given overrides and composes the jobs anew."""
 
-    at_once = None
+    at_once, joins = None, False
 
     def __init__(self, launcher: Any) -> None:
         self.launcher = launcher

@@ -9,8 +9,7 @@ from functools import partial
 from rich.console import Console
 
 from deltaexp.lab.config import RunConfig, SeedsConfig, TrainerConfig
-from deltaexp.lab.sweeping.job import Job, Result, execute
-from deltaexp.lab.sweeping.launching import quiet
+from deltaexp.lab.sweeping.job import LOG, Job, Result, execute, quiet
 from deltaexp.lazy import imports
 
 ROWS = 64
@@ -25,20 +24,35 @@ OPTIMIZER = (
 """Fields of `TrainerConfig` in which jobs that are trained in one may differ."""
 
 
-def formed(jobs: Sequence[Job]) -> list[list[Job]]:
-    """Return jobs in teams that may be trained in one, each in the place of its first; alone where nothing goes with it."""
-    teams: list[list[Job]] = []
-    open_teams: dict[str, list[Job]] = {}
-    for job in jobs:
-        size = min(MOST, ROWS // job.run.trainer.batch_size) if _may(job.run) else 1
-        key = repr(_common(job.run))
-        team = open_teams.get(key)
-        if size > 1 and team is not None and len(team) < size:
-            team.append(job)
-            continue
-        teams.append([job])
-        open_teams[key] = teams[-1]
-    return teams
+def formed(jobs: Sequence[Job], processes: int = 1) -> list[list[Job]]:
+    """Return jobs in teams that may be trained in one, each in the place of its first; alone where nothing goes with it.
+
+    Args:
+        jobs: The jobs.
+        processes: How many processes share the teams, which are as large as they can be while the busiest of these has as few
+            jobs as possible.
+    """
+    keys = [repr(_common(job.run)) if _may(job.run) else None for job in jobs]
+
+    def of_size(most: int) -> list[list[Job]]:
+        teams: list[list[Job]] = []
+        open_teams: dict[str | None, list[Job]] = {}
+        for job, key in zip(jobs, keys, strict=True):
+            team = open_teams.get(key)
+            if key is not None and team is not None and len(team) < min(most, ROWS // job.run.trainer.batch_size):
+                team.append(job)
+                continue
+            teams.append([job])
+            open_teams[key] = teams[-1]
+        return teams
+
+    def longest(teams: list[list[Job]]) -> int:
+        loads = [0] * processes
+        for team in teams:
+            loads[loads.index(min(loads))] += len(team)
+        return max(loads)
+
+    return min(map(of_size, range(MOST, 0, -1) if processes > 1 else [MOST]), key=longest)
 
 
 def _may(run: RunConfig) -> bool:
@@ -66,8 +80,20 @@ def execute_together(jobs: Sequence[Job]) -> Iterator[tuple[Job, Result]]:
         from deltaexp.lab import joint, sharing
     console = Console(highlight=False, soft_wrap=True)
 
+    def say(line: str) -> None:
+        console.print(line, markup=False)
+        for job in jobs:
+            with open(job.path / LOG, "a", encoding="utf-8") as log:
+                log.write(f"{line}\n")
+
     # One progress bar is enough: each has one step where another has one.
     runs = [partial(execute, job if number == 0 else quiet(job)) for number, job in enumerate(jobs)]
-    team = joint.Team(runs, sharing.OF_PROCESS, lambda line: console.print(line, markup=False))
-    for number, result in team.go():
-        yield jobs[number], result
+    left = list(jobs)
+    try:
+        for number, result in joint.Team(runs, sharing.OF_PROCESS, say).go():
+            left.remove(jobs[number])
+            yield jobs[number], result
+    except Exception as error:  # of a step of all, such as too little memory: what a run raises is in its result
+        say(f"{len(left)} runs go on one by one: {(str(error) or type(error).__name__).splitlines()[0]}")
+    for job in left:
+        yield job, execute(job)

@@ -27,6 +27,8 @@ class JoblibLauncher(JobLauncher):
         n_jobs: How many; -1 is one for each core.
     """
 
+    joins = True
+
     def __init__(self, n_jobs: int = -1) -> None:
         self.n_jobs = n_jobs
 
@@ -60,6 +62,7 @@ class SubmititLauncher(JobLauncher):
 
     def __init__(self, cluster: str, submitit_folder: str | None = None, n_jobs: int | None = None, **options: Any) -> None:
         self.cluster, self.folder, self.n_jobs = cluster, submitit_folder, n_jobs
+        self.joins = cluster == "local"
         self.options = {key: _plain(value) for key, value in options.items()}
 
     def setup(self, **options: Any) -> None:

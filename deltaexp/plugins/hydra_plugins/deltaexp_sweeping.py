@@ -27,6 +27,8 @@ class JobLauncher(Launcher):
 
     at_once: int | None = None
     """How many jobs it is to be given at once, at most; any number where it is None."""
+    joins: bool = False
+    """Whether it trains jobs in one where ``sweep.joint`` says so."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keep what Hydra hands to a launcher."""
@@ -51,7 +53,6 @@ class LocalLauncher(JobLauncher):
 
     at_once = 1
     joins = True
-    """Whether it trains jobs in one where ``sweep.joint`` says so."""
 
     def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Result]]:
         """Execute jobs in their order, or several at once where they may be trained in one."""
