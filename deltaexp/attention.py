@@ -126,18 +126,76 @@ def attend(
         *args: What else that takes.
         **kwargs: What else that takes by name.
     """
-    view: Any = module.config
-    name = view.original._attn_implementation or "eager"
     layers: list[Any] = module.__dict__[CARRIED]
     if any(layer.batch_rows is not None for layer in layers):
-        raise DeltaExpError("A prefix is for all rows of a batch; rows with different deltas need another delta type.")
+        return _by_rows(module, layers, query, (key, value, attention_mask, *args), kwargs)
+    return _behind(layers, module, query, key, value, attention_mask, *args, **kwargs)
+
+
+def _by_rows(
+    module: nn.Module, layers: list[Any], query: torch.Tensor, others: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[torch.Tensor, None]:
+    """Compute attention of the rows of a batch with the layers of each, rows with the same layers together.
+
+    Weights, which may be of different lengths, are not returned.
+
+    Args:
+        module: The attention module.
+        layers: All that it carries.
+        query: As in `attend`.
+        others: What else `attend` is given.
+        named: What else it is given by name.
+    """
+    rows = len(query)
+    if any(isinstance(value, BlockMask) for value in (*others, *named.values())):
+        raise DeltaExpError(
+            "Prefixes of some rows of a batch cannot go with flex attention, whose masks are those of all rows. Choose sdpa "
+            "with model.set_attn_implementation('sdpa')."
+        )
+    sharing: dict[tuple[Any, ...], list[int]] = {}
+    theirs = [None if layer.batch_rows is None else layer.batch_rows.every(query[:, 0, 0]) for layer in layers]
+    for row in range(rows):
+        mine = tuple(layer for layer, own in zip(layers, theirs, strict=True) if own is None or row in own)
+        sharing.setdefault(mine, []).append(row)
+    order = [row for numbers in sharing.values() for row in numbers]
+    outputs = []
+    for mine, numbers in sharing.items():
+        # As a rule they follow one another.
+        follow = numbers[-1] - numbers[0] == len(numbers) - 1
+        index: Any = slice(numbers[0], numbers[-1] + 1) if follow else torch.tensor(numbers, device=query.device)
+
+        def of_rows(value: Any, index: Any = index) -> Any:
+            return value[index] if isinstance(value, torch.Tensor) and value.dim() > 1 and len(value) == rows else value
+
+        own = [of_rows(value) for value in others], {name: of_rows(value) for name, value in named.items()}
+        outputs.append(_behind(list(mine), module, query[index], *own[0], **own[1])[0])
+    output = torch.cat(outputs)
+    if order == sorted(order):
+        return output, None
+    return output[torch.tensor(order, device=output.device).argsort()], None
+
+
+def _behind(
+    layers: list[Any],
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Compute attention with what some layers give in front of keys and values; see `attend`."""
+    view: Any = module.config
+    name = view.original._attn_implementation or "eager"
     learned = [layer() for layer in layers]
     keys, count = key.shape[2], sum(len(first) for first, _ in learned)
-    _refuse(name, count + keys, kwargs)
-    attention_mask = _extended(module, name, attention_mask, query.shape[2], keys, count, kwargs.get("is_causal"))
-    if kwargs.get("position_bias") is not None:
-        quirk = any(layer.opendelta_positions for layer in layers)
-        kwargs["position_bias"] = _bias(module, kwargs["position_bias"], query.shape[2], count, quirk)
+    if learned:
+        _refuse(name, count + keys, kwargs)
+        attention_mask = _extended(module, name, attention_mask, query.shape[2], keys, count, kwargs.get("is_causal"))
+        if kwargs.get("position_bias") is not None:
+            quirk = any(layer.opendelta_positions for layer in layers)
+            kwargs["position_bias"] = _bias(module, kwargs["position_bias"], query.shape[2], count, quirk)
     key = torch.cat([*(_heads(first, key) for first, _ in learned), key], dim=2)
     value = torch.cat([*(_heads(second, value) for _, second in learned), value], dim=2)
     module.__dict__["config"] = view.original  # flash attention chooses its kernel by the name in module.config

@@ -95,6 +95,8 @@ class Layer(_Pending):
     tokenwise = False
     """Whether what it makes of a token depends on this token alone, so that it may be given only some of them."""
     connect: Any = None
+    keeps_rows: Any = False
+    """Whether a layer with a ``connect`` of its own keeps to `batch_rows`, as all others do."""
     merged: Any = None
 
     def __new__(cls, *args: object, **kwargs: object) -> Layer:

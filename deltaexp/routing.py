@@ -54,6 +54,15 @@ class BatchRows:
         many = self.repeats(h)
         return (rows[:, None] * many + torch.arange(many, device=h.device)).flatten()
 
+    def every(self, h: torch.Tensor) -> set[int]:
+        """Return the numbers of these rows in the first dimension of ``h``, as `of` does, as plain numbers.
+
+        Raises:
+            DeltaExpError: If the first dimension of ``h`` is not the batch's.
+        """
+        many = self.repeats(h) if self.rows else 0
+        return {row * many + number for row in self.rows for number in range(many)}
+
     def repeats(self, h: torch.Tensor) -> int:
         """Return how many rows of ``h`` stand for one of the batch.
 
@@ -146,11 +155,11 @@ def _check_layers(backbone: nn.Module, layers: Mapping[str, Layer], wanted: Mapp
             f"{listing(sorted(owned), 3)} of the backbone itself belongs to a delta that is attached, and so to every row. "
             "Detach that delta, or train one with layers only."
         )
-    own_way = [name for name, layer in layers.items() if layer.connect is not None]
+    own_way = [name for name, layer in layers.items() if layer.connect is not None and not layer.keeps_rows]
     if own_way:
         raise DeltaExpError(
             f"{listing(own_way, 3)} cannot be limited to some rows of a batch, as a layer can that changes what one module "
-            "takes or returns (LoRA, adapters, IA3). Detach that delta."
+            "takes or returns (LoRA, adapters, IA3), or a prefix that leaves the text's positions alone. Detach that delta."
         )
     experts = [name for name, layer in layers.items() if wanted[layer] and EXPERT.search(name)]
     if experts:

@@ -20,6 +20,7 @@ KINDS = {
     "pissa": ("lora", {"lora_init": "pissa", "lora_r": 3}),
     "adapter": ("adapter", {}),
     **({"ia3": ("ia3", {})} if "ia3" in registry.known() else {}),
+    "prefix": ("prefix", {"reparameterize": False}),
 }
 
 
@@ -47,10 +48,10 @@ def alone(delta_model: DeltaModel | None, everyone: list[DeltaModel], inputs: di
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_row_is_as_with_its_delta_alone(name: str) -> None:
     family = FAMILIES[name]
-    backbone, inputs = family.build(), batch(family, 7)
+    backbone, inputs = family.build(), batch(family, 9)
     deltas = [attach(backbone, kind, seed=seed, **keys) for seed, (kind, keys) in enumerate(KINDS.values(), 1)]
     both = [deltas[0], deltas[-1]]
-    choices = [deltas[1], None, deltas[0], deltas[3], both, deltas[2], deltas[0]]
+    choices = [deltas[1], None, deltas[0], deltas[3], both, deltas[2], deltas[0], deltas[4], deltas[-1]]
     expected = [
         alone(choice if isinstance(choice, DeltaModel) else None, deltas, inputs)[row] for row, choice in enumerate(choices)
     ]

@@ -133,6 +133,11 @@ class _CarriedLayer(Layer):
         super().__init__()
         self.core = core
 
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether nothing is moved or left out for all rows of a batch."""
+        return self.shift is None and not self.opendelta_positions
+
     def connect(self, module: nn.Module, name: str) -> list[Any]:
         """Let the attention module in ``module`` carry the layer."""
         from deltaexp.attention import carry, forget_bias, shift_positions

@@ -13,11 +13,14 @@ import torch
 from models import FAMILIES, attach, logits, md5, same, slow_but, train_step, values
 from tiny import quiet, tiny_inputs, tiny_model
 from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from deltaexp import AutoDeltaConfig, AutoDeltaModel, DeltaModel
+from deltaexp.attention import attend
 from deltaexp.errors import AddressingError, ConfigError, DeltaExpError
+from deltaexp.routing import route
 
 LENGTH = 3
 # Fused and separate projections, grouped queries, sliding windows, rotary, relative and learned positions.
@@ -354,12 +357,21 @@ def test_what_cannot_carry_a_prefix_is_refused() -> None:
             AutoDeltaConfig.from_dict({"delta_type": "prefix", key: 0})
 
 
-def test_rows_with_different_deltas_are_refused() -> None:
-    backbone, inputs = FAMILIES["bert"].build(), FAMILIES["bert"].inputs()
+def test_rows_with_different_deltas_are_refused_where_a_prefix_changes_others() -> None:
+    backbone: Any = FAMILIES["llama"].build()
+    delta_model = put(backbone, prefix_positions="shifted")
+    with pytest.raises(DeltaExpError, match="cannot be limited to some rows"), route([delta_model, None]):
+        pass
+    delta_model.detach()
     delta_model = put(backbone)
-    delta_model.attachments[0].layer.batch_rows = object()
-    with pytest.raises(DeltaExpError, match="all rows"):
-        logits(backbone, inputs)
+    delta_model.attachments[0].layer.opendelta_positions = True
+    with pytest.raises(DeltaExpError, match="cannot be limited to some rows"), route([delta_model, None]):
+        pass
+    delta_model.attachments[0].layer.opendelta_positions = False
+    mask = create_block_mask(lambda batch, head, q, k: q >= k, 2, None, 7, 7, device="cpu")
+    x = torch.zeros(2, 4, 7, 4)
+    with pytest.raises(DeltaExpError, match="cannot go with flex attention"), route([delta_model, None]):
+        attend(backbone.model.layers[0].self_attn, x, x[:, :2], x[:, :2], mask)
 
 
 def test_the_default_leaves_out_what_is_no_attention_of_the_interface() -> None:

@@ -195,7 +195,13 @@ def test_decoders(
 def test_who_cannot_be_trained_with_others_trains_by_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    jobs = [["delta_type=prefix"], ["delta_type=lora"], ["delta_type=full"], ["delta_type=lora", "seed=1"], ["delta_type=none"]]
+    jobs = [
+        ["delta_type=soft_prompt"],
+        ["delta_type=lora"],
+        ["delta_type=full"],
+        ["delta_type=lora", "seed=1"],
+        ["delta_type=none"],
+    ]
     found, said = team(tmp_path, jobs, TOGETHER, monkeypatch)
     assert [one.results["trained_together"] is not None for one in found] == [False, True, False, True, False]
     printed = capsys.readouterr().out

@@ -79,7 +79,7 @@ def test_who_goes_together() -> None:
 @pytest.mark.usefixtures("_here")
 def test_a_sweep_in_teams(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(joint_step, "FASTER", 1e9)
-    words = [*SMALL, "delta_type=lora,bitfit,prefix", "seed=1,2", "trainer.batch_size=4"]
+    words = [*SMALL, "delta_type=lora,prefix,soft_prompt", "seed=1,2", "trainer.batch_size=4"]
     assert sweep(*words, "sweep.joint=auto") == 0
     said = capfd.readouterr().out
     assert said.count("=== job ") == 1
