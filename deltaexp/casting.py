@@ -25,10 +25,11 @@ def cast_all(module: Any, x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Te
     """Return an input, and weight and bias of a linear map, in another dtype; casts are kept where `kept` says so."""
     weight, bias = module.weight, module.bias
     keep = CAST in weight.__dict__ and not torch.compiler.is_compiling()
-    return _cast(x, dtype, keep), _cast(weight, dtype, keep), None if bias is None else _cast(bias, dtype, keep)
+    return cast(x, dtype, keep), cast(weight, dtype, keep), None if bias is None else cast(bias, dtype, keep)
 
 
-def _cast(tensor: torch.Tensor, dtype: torch.dtype, keep: bool) -> torch.Tensor:
+def cast(tensor: torch.Tensor, dtype: torch.dtype, keep: bool) -> torch.Tensor:
+    """Return a tensor in another dtype; ``keep``: the cast is kept for the next time, where it can be."""
     # A cast is kept by its tensor. Of a leaf with a gradient it would lead back to it, in a circle that nothing frees.
     leaf = tensor.requires_grad and tensor.grad_fn is None
     if tensor.dtype == dtype or not keep or leaf or tensor.is_inference():

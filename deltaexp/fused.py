@@ -22,6 +22,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from transformers import pytorch_utils
 
+from deltaexp import gathered
 from deltaexp.casting import cast_all
 from deltaexp.deltas._linear import LowRankDelta, WeightDelta
 from deltaexp.hooks import add_parallel, add_weighted
@@ -135,6 +136,11 @@ def _computed(module: Any, x: torch.Tensor, layers: list[tuple[Any, Rows | None]
     weight, bias = module.weight, module.bias
     kind = x.device.type
     cast = torch.is_autocast_enabled(kind)
+    member = module.__dict__.get(gathered.MEMBER)
+    if member is not None and cast and torch.get_autocast_dtype(kind) == gathered.DTYPE and not torch.compiler.is_compiling():
+        unit, number, casts = member
+        if (output := unit.output(number, x, casts, _layers)) is not None:
+            return output
     if cast:
         if torch.float64 in (x.dtype, weight.dtype):
             return None

@@ -31,6 +31,8 @@ from deltaexp.shared_input import InputGradient
 functional = nn.functional
 SMALL = 1 << 18
 """Elements of ``x`` and ``h`` together below which passes over them cost less than calling a function in Python."""
+LARGE, ROWS = 1 << 21, 256
+"""Elements in bfloat16 that no longer fit into the cache of a core, and rows of them that do."""
 ADDS_BIAS = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 """Whether oneDNN can add a bias while it multiplies."""
 
@@ -132,9 +134,20 @@ def _cast(updates: tuple[Update, ...], factors: Sequence[torch.Tensor]) -> tuple
     return tuple(factor if dtype is None else factor.to(dtype) for factor, dtype in zip(factors, dtypes, strict=True))
 
 
+def _over_rows(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return ``left^T right``, which is a sum over the rows of both."""
+    many = left.dtype == torch.bfloat16 and left.dim() == 2 and left.device.type == "cpu" and right.numel() >= LARGE
+    if many and left.shape[1] <= 16 and len(left) % ROWS == 0 and left.is_contiguous() and right.is_contiguous():
+        # Of parts that fit into the cache: one product of so few by so many columns goes through memory more than once.
+        parts = (tensor.view(-1, ROWS, tensor.shape[1]) for tensor in (left, right))
+        return torch.bmm(next(parts).mT, next(parts)).sum(0)
+    return left.mT @ right
+
+
 def _gradient_of(factor: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """Return a factor's gradient in its dtype, and contiguous, as autograd keeps it."""
-    return gradient.to(factor.dtype, memory_format=torch.contiguous_format)
+    """Return a factor's gradient in its dtype, and contiguous if autograd keeps it."""
+    form = torch.contiguous_format if factor.is_leaf else torch.preserve_format
+    return gradient.to(factor.dtype, memory_format=form)
 
 
 def _outer(x: torch.Tensor, updates: tuple[Update, ...], masks: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
@@ -272,7 +285,7 @@ class LowRankLinear(torch.autograd.Function):
             if needs_factors[2 * number] or (needs_x and not whole):
                 u = _scaled(part, up, update.scale)
                 if needs_factors[2 * number]:
-                    grad_down = _gradient_of(given[2 * number], u.mT @ _for(dropped, down).to(down.dtype))
+                    grad_down = _gradient_of(given[2 * number], _over_rows(u, _for(dropped, down).to(down.dtype)))
                 if grad_x is not None and not whole:
                     if update.dropout:
                         grad_x.add_(u @ down * masks[number], alpha=1 / (1 - update.dropout))
@@ -282,7 +295,7 @@ class LowRankLinear(torch.autograd.Function):
                         _add_product(_for(grad_x, down), u, down)
             if needs_factors[2 * number + 1]:
                 z = inner[number] if inner else _inner(dropped, down, update.scale)
-                grad_up = _gradient_of(given[2 * number + 1], (z.mT @ part).mT)
+                grad_up = _gradient_of(given[2 * number + 1], _over_rows(z, part).mT)
             grads += [grad_down, grad_up]
         own = None if grad_x is None or gradient is not None else grad_x.view(x.shape)  # what is shared has its own way
         return own, None, None, None, None, *grads

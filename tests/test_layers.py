@@ -18,6 +18,7 @@ ORDER = [
     {"casting", "half_attention", "hooks", "ownership", "shared_input", "speed"},
     {"low_rank"},
     {"deltas"},
+    {"gathered"},
     {"fused"},
     {"checkpoint", "surgery"},
     {"frozen"},

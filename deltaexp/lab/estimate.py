@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from deltaexp import casting
+from deltaexp import casting, gathered
 from deltaexp.lab.as_on_gpu import as_on_gpu, widened
 from deltaexp.model import DeltaModel
 
@@ -309,6 +309,8 @@ class Dry:
             held.note(tensor, WEIGHTS, self.packed.get(id(tensor)))
             if (cast := casting.kept_cast(tensor)) is not None:
                 held.note(cast, CASTS)
+        for tensor in gathered.kept(self.model):
+            held.note(tensor, CASTS)
         for tensor in self.extra:
             held.note(tensor, ORIGINALS)
         for tensor in batch.values():

