@@ -92,8 +92,6 @@ class Unit:
             same = self._input[0]() is x and self._input[1] == state
             found = self._waiting.pop(number, None) if same else None
             if found is not None:
-                if not self._waiting:
-                    self._misses = 0
                 return found
             called = number in self._waiting
             self._waiting.clear()
