@@ -5,7 +5,9 @@
 For each batch size the same sweep on the embedded backbone is run with and without it, each time as a command of its own, in
 turns. What is compared are the seconds that the jobs trained for (each job's share, where they trained in one) and those of the
 whole sweeps, medians over the rounds; and by how much the deltas differ, as a part of their norm. Set OMP_NUM_THREADS=1
-where other work goes on.
+where other work goes on. Runs with heads of their own are those of
+
+    python scripts/joint_speed.py task=sst2 task.answer=head task.data=FOLDER
 """
 
 from __future__ import annotations

@@ -226,7 +226,7 @@ def _measured(backbone: Any, batches: Mapping[Any, Batch]) -> float | str:
         return f"the activations of all would take {needed / 2**30:.3g} GiB, of {free / 2**30:.3g} GiB that are free"
     more = _room(backbone, batches)
     if not more and any(found.logits.dim() == 2 for found in separate.values()):
-        return "the texts are so long that it cannot be tried out whether the head reads padding"
+        return "whether the head reads padding cannot be tried out: texts have no mask, or are as long as the backbone takes"
     _, together = _jointly(backbone, batches, more)
     tolerance = TOLERANCE[_coarsest(backbone)]
     if not all(_same(run, separate[run], together[run], batches[run], tolerance) for run in batches):
