@@ -35,6 +35,7 @@ from deltaexp.low_rank import (
     Update,
     exact,
     low_rank_linear,
+    simple,
     simply,
     small,
     updated,
@@ -44,6 +45,9 @@ from deltaexp.speed import settings
 
 PLAIN = (torch.Tensor, nn.Parameter, FakeTensor)
 """Tensors that hide nothing; those without values are what a step is planned with (`deltaexp.lab.estimate`)."""
+
+KEPT = 1 << 20
+"""Elements of a weight from which what is as large is computed twice rather than kept, however small the input is."""
 
 
 def _call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -149,20 +153,23 @@ def _computed(module: Any, x: torch.Tensor, layers: list[tuple[Any, Rows | None]
         return None
     if type(module) is Conv1D:
         weight = weight.T
-    directed = any(layer.insertion == "weighted" for layer, _ in layers)
+    layer, rows = layers[0]
+    alone = len(layers) == 1 and rows is None and layer.batch_rows is None
+    directed, few = any(layer.insertion == "weighted" for layer, _ in layers), small(x, weight)
+    if few and alone and not cast and not directed and _simply(layer, weight):
+        return nn.functional.linear(x, weight, bias).add_(layer.forward(x))
     if not directed and all(isinstance(layer, LowRankDelta) for layer, _ in layers):
         updates, factors = _updates(x, layers, weight.dtype if cast or settings.delta_in_backbone_dtype else None)
         if not updates:
             return None
         parts = tuple(updates)
+        if few and simple(weight, parts, factors):
+            return simply(x, weight, bias, parts, *factors)
         if not torch.is_grad_enabled():
             return low_rank_linear(x, weight, bias, parts, *factors)
-        if small(x, weight, parts, factors):
-            return simply(x, weight, bias, parts, *factors)
         x, gradient = shared(x)
         return LowRankLinear.apply(x, weight, bias, gradient, parts, *factors)
-    layer, rows = layers[0]
-    if len(layers) > 1 or rows is not None or layer.batch_rows is not None or layer.drops or cast or not exact(weight):
+    if not alone or layer.drops or cast or not exact(weight):
         return None
     parameters = list(layer.parameters())
     if not all(type(parameter) in PLAIN and parameter.dtype == weight.dtype for parameter in parameters):
@@ -173,6 +180,12 @@ def _computed(module: Any, x: torch.Tensor, layers: list[tuple[Any, Rows | None]
         return nn.functional.linear(x, weight + layer.delta(), bias)
     x, gradient = shared(x)
     return ShiftedLinear.apply(x, weight, bias, gradient, layer, *parameters)
+
+
+def _simply(layer: WeightDelta, weight: torch.Tensor) -> bool:
+    """Say whether of a small input a layer itself makes the update faster than anything that is done here."""
+    kept = not isinstance(layer, LowRankDelta) and weight.numel() < KEPT
+    return (layer.light or kept) and all(parameter.dtype == weight.dtype for parameter in layer.parameters())
 
 
 def _directed(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, layer: Any) -> torch.Tensor:

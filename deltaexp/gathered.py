@@ -133,10 +133,10 @@ class Unit:
 def _computed(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, down: torch.Tensor, up: torch.Tensor
 ) -> torch.Tensor:
+    if small(x, weight):
+        return simply(x, weight, bias, UPDATE, down, up)
     if not torch.is_grad_enabled():
         return low_rank_linear(x, weight, bias, UPDATE, down, up)
-    if small(x, weight, UPDATE, (down, up)):
-        return simply(x, weight, bias, UPDATE, down, up)
     return LowRankLinear.apply(x, weight, bias, None, UPDATE, down, up)
 
 

@@ -174,18 +174,16 @@ def _product(g: torch.Tensor, weight: torch.Tensor, gradient: InputGradient | No
     return g @ weight if gradient is None else gradient.add(g, weight)
 
 
-def small(x: torch.Tensor, weight: torch.Tensor, updates: tuple[Update, ...], factors: Sequence[torch.Tensor]) -> bool:
-    """Say whether a map of an input is so small that `simply` is the faster way, and whether that can compute it."""
+def small(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Say whether input and output of a map are so small that PyTorch's own operations are faster than a function here."""
+    return x.shape[:-1].numel() * sum(weight.shape) < SMALL and not torch.compiler.is_compiling()
+
+
+def simple(weight: torch.Tensor, updates: tuple[Update, ...], factors: Sequence[torch.Tensor]) -> bool:
+    """Say whether updates are such that `simply` can compute them."""
     (update, *others), down = updates, factors[0]
-    return (
-        x.shape[:-1].numel() * sum(weight.shape) < SMALL
-        and not others
-        and update.part is None
-        and not update.dropout
-        and down.dim() == 2
-        and (update.dtype or down.dtype) == weight.dtype
-        and not torch.compiler.is_compiling()
-    )
+    plain = update.part is None and not update.dropout and down.dim() == 2
+    return plain and not others and (update.dtype or down.dtype) == weight.dtype
 
 
 def simply(
@@ -375,3 +373,21 @@ class ShiftedLinear(torch.autograd.Function):
             for number, grad in zip(wanted, found, strict=True):
                 grads[number] = grad
         return grad_x if gradient is None else None, None, None, None, None, *grads
+
+
+class HadamardProduct(torch.autograd.Function):
+    """``s (A B) * (C D)``, an elementwise product of two low-rank matrices; only the four factors are kept: LoHa."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Any, b: Any, c: Any, d: Any, scale: float) -> Any:
+        """Compute the product, shape ``(out_dim, in_dim)``."""
+        ctx.save_for_backward(a, b, c, d)
+        ctx.scale = scale
+        return (a @ b).mul_(c @ d).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, g: Any) -> Any:
+        """Return the gradients of the factors."""
+        a, b, c, d = ctx.saved_tensors
+        left, right = g * (c @ d) * ctx.scale, g * (a @ b) * ctx.scale
+        return left @ b.T, a.T @ left, right @ d.T, c.T @ right, None

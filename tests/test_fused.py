@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from deltaexp import AdapterModel, DeltaModel, LoraModel, fused, low_rank, route, speed
+from deltaexp import AdapterModel, DeltaModel, LohaModel, LokrModel, LoraModel, VeraModel, fused, low_rank, route, speed
 from deltaexp.deltas._linear import LinearMap
 from deltaexp.deltas.loha import LohaLayer
 from deltaexp.deltas.lokr import LokrLayer
@@ -95,6 +95,22 @@ def test_small_inputs(kind: str, setting: str, monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * float(other.detach().abs().max()))
     monkeypatch.setattr(low_rank, "SMALL", 2 * 5 * (8 + 12))
     assert computed(net, x, by_hooks=False, run=run)[0], "too large"
+
+
+@pytest.mark.parametrize("name", ["vera", "loha", "lokr"])
+def test_small_inputs_of_other_kinds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their own way makes nothing of the size of a weight, or makes it once only."""
+    torch.manual_seed(0)
+    net = Net()
+    delta_on(net, {"vera": VeraModel, "loha": LohaModel, "lokr": LokrModel}[name])
+    x = torch.randn(2, 5, 8)
+    fused_once, expected = computed(net, x, by_hooks=False)
+    monkeypatch.setattr(low_rank, "SMALL", 1 << 18)
+    fused_again, found = computed(net, x, by_hooks=False)
+    assert (fused_once, fused_again) == (True, False)
+    torch.testing.assert_close(found, expected)
+    monkeypatch.setattr(fused, "KEPT", 8 * 12)
+    assert computed(net, x, by_hooks=False)[0] == (name != "vera"), "too much to keep"
 
 
 @pytest.mark.parametrize("kind", ["loha", "lokr"])

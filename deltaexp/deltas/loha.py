@@ -74,4 +74,6 @@ class LohaLayer(WeightDelta):
 
     def delta(self) -> torch.Tensor:
         """Return ``D``, shape ``(out_dim, in_dim)``."""
-        return (self.hada_w1_a @ self.hada_w1_b) * (self.hada_w2_a @ self.hada_w2_b) * self.scale
+        from deltaexp.low_rank import HadamardProduct  # which imports torch
+
+        return HadamardProduct.apply(self.hada_w1_a, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b, self.scale)

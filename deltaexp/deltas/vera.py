@@ -67,19 +67,37 @@ class VeraLayer(LowRankDelta):
         dropout: Probability of dropping an element of ``x`` while training.
     """
 
+    light = True
+
     def __init__(self, target: LinearMap, projection: VeraProjection, rank: int, d_initial: float, dropout: float) -> None:
         super().__init__(target, dropout)
         self.projection = projection
         self.vera_lambda_d = nn.Parameter(torch.full((rank,), d_initial))
         self.vera_lambda_b = nn.Parameter(torch.zeros(target.out_dim))
 
+    @property
+    def fusable(self) -> bool:
+        """Whether `forward` computes ``delta()``, which it does."""
+        return type(self).forward is VeraLayer.forward
+
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return ``A`` and ``b * B * d``."""
-        # What is trained is in one factor, so that no gradient of the other one is computed. Where a backbone is spread over
-        # devices, the shared matrices are on one of them.
-        down = self.projection.vera_A[:, : self.target.in_dim].to(self.vera_lambda_d)
-        up = self.projection.vera_B[: self.target.out_dim].to(self.vera_lambda_b)
+        # What is trained is in one factor, so that no gradient of the other one is computed.
+        down, up = self._shared()
         return down, self.vera_lambda_b[:, None] * (up * self.vera_lambda_d)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map ``x``, shape ``(..., in_dim)``, to the update, shape ``(..., out_dim)``."""
+        if self.target.kernel:
+            return super().forward(x)
+        down, up = self._shared()
+        inner = nn.functional.linear(self.dropout(x), down) * self.vera_lambda_d
+        return nn.functional.linear(inner, up) * self.vera_lambda_b
+
+    def _shared(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ``A`` and ``B``; where a backbone is spread over devices, the shared matrices are on one of them."""
+        down = self.projection.vera_A[:, : self.target.in_dim].to(self.vera_lambda_d)
+        return down, self.projection.vera_B[: self.target.out_dim].to(self.vera_lambda_b)
 
 
 class VeraProjection(Layer):

@@ -89,6 +89,9 @@ SHAPES = {
     "llama-classifier": Shape(
         "llama-classifier", _llama(512, 8, 8, 4, 1408, 8192, LlamaForSequenceClassification), 8, 128, 8192, 2, *_LLAMA
     ),
+    # So little that calls of operations take longer than what they compute.
+    "minilm-small": Shape("minilm-small", _minilm, 1, 16, 30522, 2, *_BERT),
+    "llama-small": Shape("llama-small", _llama(512, 8, 8, 4, 1408, 8192), 1, 16, 8192, 0, *_LLAMA),
     "tiny": Shape("tiny", _llama(32, 2, 4, 2, 48, 64), 4, 8, 64, 0, *_LLAMA),  # for trying out
     # Large enough that a GPU is busy: 1.1 billion parameters.
     "llama-1b": Shape("llama-1b", _llama(2048, 16, 32, 8, 8192, 32000), 4, 512, 32000, 0, *_LLAMA),
