@@ -1,10 +1,11 @@
 """What ``trainer.speed=auto`` chooses for the device, and why: the fastest of what is safe.
 
-On a CPU that multiplies matrices of bfloat16 that is mixed precision, as by ``trainer.precision=bf16``, with two changes that
-are exact to its rounding: casts of frozen weights are kept (`deltaexp.casting`), and attention is computed by plain products,
-the backward pass of which is faster (`deltaexp.half_attention`). On every CPU freed memory is kept for the next step, where the
-C library can do so (`deltaexp.lab.memory`). The choice goes by the config and by what the hardware says that it can do, never
-by a measurement, so that it is the same every time. What is set explicitly is kept.
+On a CPU that multiplies matrices of bfloat16 that is mixed precision, as by ``trainer.precision=bf16``, with changes that are
+exact to its rounding: casts of frozen weights are kept (`deltaexp.casting`), low-rank updates are gathered
+(`deltaexp.gathered`), and attention is computed by plain products, the backward pass of which is faster
+(`deltaexp.half_attention`). On every CPU freed memory is kept for the next step, where the C library can do so
+(`deltaexp.lab.memory`). The choice goes by the config and by what the hardware says that it can do, never by a measurement, so
+that it is the same every time. What is set explicitly is kept.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Choice:
     trainer: TrainerConfig
     """The section ``trainer`` with precision and optimizer as they are from now on."""
     casts: bool = False
-    """Whether casts of frozen weights are kept."""
+    """Whether casts of frozen weights are kept, and low-rank updates gathered."""
     attention: bool = False
     """Whether attention is computed by `deltaexp.half_attention`."""
     memory: bool = False
@@ -86,7 +87,7 @@ def choose(config: RunConfig, model: Any) -> Choice:
             reasons.append("casts and attention left to torch.compile")
         elif trainer.precision == "bf16":
             casts = True
-            reasons.append("frozen weights are cast once")
+            reasons.append("frozen weights are cast once, and low-rank updates gathered")
             attention = config.backbone.attention is None and getattr(model.config, "_attn_implementation", None) == "sdpa"
             if attention:
                 reasons.append("attention by plain products (sdpa's backward pass is slow in bf16)")
