@@ -10,8 +10,8 @@ take longer than what they compute, and so do queries, keys and values one by on
   theirs when they are called with the same input.
 
 Nothing of the model changes, and where anything else hangs on a map, or its input is not that of its neighbours, it is computed
-by itself, as ever. Casts of factors are good for one forward pass of the model and its backward pass: not every optimizer tells
-that it has changed a tensor.
+by itself, as ever. How does not depend on the steps before, so that a run that is resumed goes on with the same bits. Casts of
+factors are good for one forward pass and its backward pass: not every optimizer tells that it has changed a tensor.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from deltaexp.deltas._linear import LowRankDelta
 from deltaexp.lazy import Layer
 from deltaexp.low_rank import LowRankLinear, Update, low_rank_linear, simply, small
 from deltaexp.structure import common_structure
+from deltaexp.tree import leaf, parent
 
 DTYPE = torch.bfloat16
 MEMBER = "_deltaexp_gathered"
@@ -40,8 +41,6 @@ TOGETHER = ({"attn.q", "attn.k", "attn.v"}, {"ff.w1", "ff.gate"})
 UPDATE = (Update(1.0, 0.0, None),)
 ALIGNED = 32
 """Elements, at multiples of which a matrix begins."""
-MISSES = 3
-"""Times that an input was not that of the neighbours, after which maps are computed by themselves."""
 
 
 class Place(NamedTuple):
@@ -60,19 +59,21 @@ class Unit:
     """Maps that are computed as one, or one alone.
 
     Args:
-        modules: The modules.
+        model: The model that they are in.
+        names: Their names in it.
         layers: The layer on each.
     """
 
-    def __init__(self, modules: Sequence[Any], layers: Sequence[LowRankDelta]) -> None:
-        self.modules, self.layers = list(modules), list(layers)
+    def __init__(self, model: nn.Module, names: Sequence[str], layers: Sequence[LowRankDelta]) -> None:
+        self.places = [(model.get_submodule(parent(name)), leaf(name)) for name in names]
+        modules: list[Any] = [model.get_submodule(name) for name in names]
+        self.modules, self.layers = modules, list(layers)
         self.sizes = [len(module.weight) for module in modules]
         self.factors = [tensor for layer in layers for tensor in layer.factors()]
         self._weights: tuple[Any, torch.Tensor, torch.Tensor | None] | None = None
         self._waiting: dict[int, torch.Tensor] = {}
         """Outputs that have been computed, by the numbers of the maps that have not been called."""
         self._input: Any = None
-        self._misses = 0
 
     def output(
         self, number: int, x: torch.Tensor, casts: Casts, layers_on: Callable[[nn.Module, torch.Tensor], Any]
@@ -85,22 +86,21 @@ class Unit:
             casts: The casts of all units.
             layers_on: Returns the layers on a module if nothing else is to be computed there.
         """
-        if self._misses >= MISSES or x.is_inference():
+        if x.is_inference():
             return None
         state = x._version, torch.is_grad_enabled()
         if self._waiting:
-            same = self._input[0]() is x and self._input[1] == state
-            found = self._waiting.pop(number, None) if same else None
-            if found is not None:
-                return found
+            if self._input[0]() is x and self._input[1] == state and number in self._waiting:
+                return self._waiting.pop(number)
             called = number in self._waiting
             self._waiting.clear()
-            self._misses += 1
             if called:
                 return None
-        for module, layer in zip(self.modules, self.layers, strict=True):
+        for module, layer, (above, name) in zip(self.modules, self.layers, self.places, strict=True):
             found = layers_on(module, x)
             if len(found) != 1 or found[0] != (layer, None) or layer.batch_rows is not None or layer.drops:
+                return None
+            if above._modules.get(name) is not module:  # something stands in for it, and it is not going to be called
                 return None
         given, weight, bias = self._cast(x)
         out = _computed(given, weight, bias, *casts.of(self))
@@ -256,11 +256,11 @@ def _units(model: nn.Module) -> list[Unit]:
         kinds = [number for number, together in enumerate(TOGETHER) if len(roles) == 1 and roles[0].name in together]
         if name in found and kinds:
             module = found[name][0]
-            key = name.rpartition(".")[0], kinds[0], module.in_features, module.weight.dtype, module.weight.device
+            key = parent(name), kinds[0], module.in_features, module.weight.dtype, module.weight.device
             groups.setdefault(key, []).append(name)
     together = [names for names in groups.values() if len(names) > 1]
     alone = [[name] for name in found if not any(name in names for names in together)]
-    return [Unit(*zip(*(found[name] for name in names), strict=True)) for names in [*together, *alone]]
+    return [Unit(model, names, [found[name][1] for name in names]) for names in [*together, *alone]]
 
 
 def _gathers(layer: Any, module: nn.Linear) -> bool:

@@ -1,10 +1,12 @@
 """What trainer.speed=auto chooses, and that a run with it is one like any other."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import small
 import torch
 from test_recovery import SMALL, Interrupt, digests, go, losses
 from torch import nn
@@ -116,3 +118,32 @@ def test_a_run_with_auto(bf16: pytest.MonkeyPatch, tmp_path: Path) -> None:
         go(tmp_path / "cut", *words, "resume=true")
     bf16.setattr(speeding, "multiplies_bf16", lambda: True)
     assert digests(go(tmp_path / "cut", *words, "resume=true").folder) == digests(fast.folder)
+
+
+@pytest.mark.slow
+def test_a_classifier_goes_on_in_the_same_way(bf16: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its last block computes one token, and other maps together than the blocks below."""
+    source = small.bert(tmp_path / "bert")
+    settings = json.loads((source / "config.json").read_text())
+    settings |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (source / "config.json").write_text(json.dumps(settings))
+    data = small.table(tmp_path / "rows", [{"sentence": " ".join(small.WORDS[n % 7 : 9]), "label": n % 2} for n in range(40)])
+    words = [
+        "backbone=local", f"backbone.source={source}", "task=sst2", f"task.data={data}", "lora_dropout=0",
+        "modified_modules=[attn.q,attn.k,attn.v,ff.w1]", "trainer.speed=auto", "trainer.cpu=true", "trainer.progress=false",
+        "trainer.batch_size=8", "trainer.max_steps=9", "trainer.save_every=2", "trainer.learning_rate=1e-2",
+    ]  # fmt: skip
+    whole = go(tmp_path / "whole", *words)
+    assert "computes no other" in " ".join(whole.results["shortcuts"]["told"])
+    build = training.build
+
+    def interrupted(*args: Any) -> Any:
+        trainer = build(*args)
+        trainer.add_callback(Interrupt(5, KeyboardInterrupt()))
+        return trainer
+
+    bf16.setattr(training, "build", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "cut", *words)
+    bf16.setattr(training, "build", build)
+    assert digests(go(tmp_path / "cut", *words, "resume=true").folder) == digests(whole.folder)
