@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from deltaexp import Layer, LoraModel
+from deltaexp import Layer, LoraModel, low_rank
 from deltaexp.deltas._linear import LinearMap
 from deltaexp.deltas.adapter import AdapterLayer
 from deltaexp.deltas.lora import LoraLayer
@@ -77,7 +77,8 @@ def test_layers_are_modules() -> None:
         LoraLayer(3, 4)
 
 
-def test_unpickling_in_a_fresh_process(tmp_path: Path) -> None:
+def test_unpickling_in_a_fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(low_rank, "SMALL", 1 << 18)  # what it is there
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     delta_model = LoraModel(backbone, modified_modules=["0", "2"])
