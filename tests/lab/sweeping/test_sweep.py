@@ -141,11 +141,14 @@ def test_a_sweep_that_is_killed_ends_in_the_same_bytes(undisturbed: Path, tmp_pa
     def checkpoints() -> int:
         return len(list(folder.glob("*/checkpoints/checkpoint-*"))) + 2 * len(list(folder.glob("*/delta")))
 
+    def under_way() -> bool:
+        return any(not (path.parents[1] / "delta").exists() for path in folder.glob("*/checkpoints/checkpoint-*"))
+
     for reached in (1, 3):
         with start(folder, *KILLED) as process:
-            while checkpoints() < reached:
+            while checkpoints() < reached or not under_way():
                 assert process.poll() is None, process.stdout.read()  # type: ignore[union-attr]
-                time.sleep(0.05)
+                time.sleep(0.01)
             os.kill(process.pid, signal.SIGKILL)
     assert len(digests(folder)) < 4
     with start(folder, *KILLED) as process:
