@@ -31,7 +31,7 @@ from deltaexp.deltas._linear import LowRankDelta
 from deltaexp.lazy import Layer
 from deltaexp.low_rank import LowRankLinear, Update, low_rank_linear, simply, small
 from deltaexp.structure import common_structure
-from deltaexp.tree import leaf, parent
+from deltaexp.tree import parent, place
 
 DTYPE = torch.bfloat16
 MEMBER = "_deltaexp_gathered"
@@ -43,7 +43,7 @@ ALIGNED = 32
 """Elements, at multiples of which a matrix begins."""
 
 
-class Place(NamedTuple):
+class Matrix(NamedTuple):
     """Where in the tensor of all casts a matrix lies."""
 
     size: tuple[int, int]
@@ -65,13 +65,13 @@ class Unit:
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str], layers: Sequence[LowRankDelta]) -> None:
-        self.places = [(model.get_submodule(parent(name)), leaf(name)) for name in names]
+        self.places = [place(model, name) for name in names]
         modules: list[Any] = [model.get_submodule(name) for name in names]
         self.modules, self.layers = modules, list(layers)
         self.sizes = [len(module.weight) for module in modules]
         self.factors = [tensor for layer in layers for tensor in layer.factors()]
         self._weights: tuple[Any, torch.Tensor, torch.Tensor | None] | None = None
-        self._waiting: dict[int, torch.Tensor] = {}
+        self.waiting: dict[int, torch.Tensor] = {}
         """Outputs that have been computed, by the numbers of the maps that have not been called."""
         self._input: Any = None
 
@@ -89,11 +89,11 @@ class Unit:
         if x.is_inference():
             return None
         state = x._version, torch.is_grad_enabled()
-        if self._waiting:
-            if self._input[0]() is x and self._input[1] == state and number in self._waiting:
-                return self._waiting.pop(number)
-            called = number in self._waiting
-            self._waiting.clear()
+        if self.waiting:
+            if self._input[0]() is x and self._input[1] == state and number in self.waiting:
+                return self.waiting.pop(number)
+            called = number in self.waiting
+            self.waiting.clear()
             if called:
                 return None
         for module, layer, (above, name) in zip(self.modules, self.layers, self.places, strict=True):
@@ -106,9 +106,9 @@ class Unit:
         out = _computed(given, weight, bias, *casts.of(self))
         if len(self.sizes) == 1:
             return out
-        self._waiting = dict(enumerate(torch.unsafe_split_with_sizes(out, self.sizes, -1)))
+        self.waiting = dict(enumerate(torch.unsafe_split_with_sizes(out, self.sizes, -1)))
         self._input = weakref.ref(x), state
-        return self._waiting.pop(number)
+        return self.waiting.pop(number)
 
     def _cast(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Return the input, the rows of all weights, and all biases, in half precision."""
@@ -152,7 +152,7 @@ class Casts:
         self.factors = [factor for unit in units for factor in unit.factors]
         """Of every layer ``A`` and ``B``."""
         self.scales = [layer.scale for unit in units for layer in unit.layers]
-        self.matrices: list[Place] = []
+        self.matrices: list[Matrix] = []
         """Of every unit the ``A`` of all its layers, and their ``B`` as blocks."""
         self.parts: list[tuple[int, int, int]] = []
         """Of every factor the number of the matrix that it is in, and the row and the column that it begins at."""
@@ -171,7 +171,7 @@ class Casts:
                 row, column = row + len(up), column + len(down)
 
     def _add(self, rows: int, columns: int) -> None:
-        self.matrices.append(Place((rows, columns), (columns, 1), self.size))
+        self.matrices.append(Matrix((rows, columns), (columns, 1), self.size))
         self.size += -(-rows * columns // ALIGNED) * ALIGNED
 
     def begin(self, *_: Any) -> None:
@@ -179,8 +179,10 @@ class Casts:
         self._made, self._within = None, True
 
     def end(self, *_: Any) -> None:
-        """Keep them for the backward pass only, which may compute parts of the model again."""
+        """Keep them for the backward pass only, which may compute parts of the model again; drop what nobody has fetched."""
         self._within = False
+        for unit in self.units:
+            unit.waiting.clear()
 
     def of(self, unit: Unit) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a unit's factors, with the scale in the second."""
@@ -204,7 +206,7 @@ class _Cast(torch.autograd.Function):
         ctx.casts = casts
         ctx.set_materialize_grads(False)
         flat = factors[0].new_zeros(casts.size, dtype=DTYPE)
-        matrices = tuple(place.of(flat) for place in casts.matrices)
+        matrices = tuple(matrix.of(flat) for matrix in casts.matrices)
         scaled = [*factors]
         scaled[1::2] = torch._foreach_mul(factors[1::2], casts.scales)
         torch._foreach_copy_([casts.piece(n, matrices) for n in range(len(factors))], scaled)

@@ -139,8 +139,7 @@ def _over_rows(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     many = left.dtype == torch.bfloat16 and left.dim() == 2 and left.device.type == "cpu" and right.numel() >= LARGE
     if many and left.shape[1] <= 16 and len(left) % ROWS == 0 and left.is_contiguous() and right.is_contiguous():
         # Of parts that fit into the cache: one product of so few by so many columns goes through memory more than once.
-        parts = (tensor.view(-1, ROWS, tensor.shape[1]) for tensor in (left, right))
-        return torch.bmm(next(parts).mT, next(parts)).sum(0)
+        return torch.bmm(left.view(-1, ROWS, left.shape[1]).mT, right.view(-1, ROWS, right.shape[1])).sum(0)
     return left.mT @ right
 
 
@@ -373,21 +372,3 @@ class ShiftedLinear(torch.autograd.Function):
             for number, grad in zip(wanted, found, strict=True):
                 grads[number] = grad
         return grad_x if gradient is None else None, None, None, None, None, *grads
-
-
-class HadamardProduct(torch.autograd.Function):
-    """``s (A B) * (C D)``, an elementwise product of two low-rank matrices; only the four factors are kept: LoHa."""
-
-    @staticmethod
-    def forward(ctx: Any, a: Any, b: Any, c: Any, d: Any, scale: float) -> Any:
-        """Compute the product, shape ``(out_dim, in_dim)``."""
-        ctx.save_for_backward(a, b, c, d)
-        ctx.scale = scale
-        return (a @ b).mul_(c @ d).mul_(scale)
-
-    @staticmethod
-    def backward(ctx: Any, g: Any) -> Any:
-        """Return the gradients of the factors."""
-        a, b, c, d = ctx.saved_tensors
-        left, right = g * (c @ d) * ctx.scale, g * (a @ b) * ctx.scale
-        return left @ b.T, a.T @ left, right @ d.T, c.T @ right, None

@@ -36,6 +36,7 @@ from deltaexp.frozen import StandIn, random_in, standing_in
 from deltaexp.hooks import first_input
 from deltaexp.structure import blocks, common_structure
 from deltaexp.surgery import Attachment
+from deltaexp.tree import place
 
 MASKED = ("eager", "sdpa")
 """Attention functions whose masks have four dimensions, ``(rows, heads, queries, keys)``."""
@@ -96,7 +97,7 @@ def find(model: Any, attachments: list[Attachment]) -> LastBlock | str:
     inside = set(model.get_submodule(found[0]).modules())
     if any(one.after is not None and one.module in inside and one.after not in inside for one in attachments):
         return "a delta leads out of the attention of its last block"
-    return LastBlock(block, None, _place(model, found[0]), read, random)
+    return LastBlock(block, None, place(model, found[0]), read, random)
 
 
 def _query(model: Any, roles: dict[str, set[str]], attachments: list[Attachment]) -> tuple[nn.Module, str] | None:
@@ -106,12 +107,7 @@ def _query(model: Any, roles: dict[str, set[str]], attachments: list[Attachment]
         return None
     # What a delta hands on from there may go to the keys or values.
     paired = any(attachment.module is query and attachment.after is not None for attachment in attachments)
-    return None if paired else _place(model, found[0])
-
-
-def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    above, _, leaf = name.rpartition(".")
-    return model.get_submodule(above), leaf
+    return None if paired else place(model, found[0])
 
 
 class OneToken:

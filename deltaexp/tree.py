@@ -92,6 +92,11 @@ def leaf(name: str) -> str:
     return name.rpartition(".")[2]
 
 
+def place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Return the module that contains the one called ``name``, and its attribute's name there."""
+    return model.get_submodule(parent(name)), leaf(name)
+
+
 def above(name: str) -> Iterator[str]:
     """Yield ``name`` and the names of all modules that contain it, up to the root."""
     while name:

@@ -23,6 +23,7 @@ from deltaexp.deltas.loha import LohaLayer
 from deltaexp.deltas.lokr import LokrLayer
 from deltaexp.deltas.lora import LoraLayer
 from deltaexp.errors import ConfigError
+from deltaexp.hadamard import HadamardProduct
 from deltaexp.low_rank import DirectedLinear, LowRankLinear, ShiftedLinear, Update, low_rank_linear, simply, updated
 
 PARTS = [
@@ -127,6 +128,28 @@ def test_gradients_of_a_full_size_update(kind: str) -> None:
 
     assert torch.autograd.gradcheck(function, (x, *layer.parameters()))
     assert torch.autograd.gradgradcheck(function, (x, *layer.parameters()))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # PyTorch's own forward mode
+def test_a_hadamard_product_goes_with_all_transforms() -> None:
+    factors = [torch.randn(shape).double() for shape in ((4, 2), (2, 3), (4, 2), (2, 3))]
+
+    def plain(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+        return (a @ b) * (c @ d) * 0.5
+
+    def function(*factors: torch.Tensor) -> torch.Tensor:
+        return HadamardProduct.apply(*factors, 0.5)
+
+    several = [torch.randn(5, *factor.shape).double() for factor in factors]
+    for one in (
+        lambda f: f(*factors),
+        lambda f: torch.func.jacrev(f, argnums=(0, 1, 2, 3))(*factors),
+        lambda f: torch.vmap(f)(*several),
+    ):
+        torch.testing.assert_close(one(function), one(plain))
+    given = [factor.requires_grad_() for factor in factors]
+    assert torch.autograd.gradcheck(function, given, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, given)
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["Linear", "Conv1D"])

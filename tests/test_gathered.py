@@ -147,7 +147,7 @@ def test_what_stands_in_for_a_neighbour(computed: list[int]) -> None:
         part.query = query
         part.key(x)
         assert computed == [48]
-        assert set(units[0]._waiting) == {0, 2}
+        assert set(units[0].waiting) == {0, 2}
 
 
 def test_an_output_that_nobody_fetched() -> None:
@@ -159,9 +159,9 @@ def test_an_output_that_nobody_fetched() -> None:
         query = backbone.bert.encoder.layer[0].attention.self.query
         with torch.autocast("cpu", torch.bfloat16):
             query(torch.randn(2, 3, 16))  # and an interruption
-        assert units[0]._waiting
+        assert units[0].waiting
         check(step(backbone, delta_model, inputs), expected, exact)
-        assert not units[0]._waiting
+        assert not units[0].waiting
 
 
 def test_an_input_changed_in_place_is_another() -> None:

@@ -16,7 +16,7 @@ ORDER = [
     {"structure", "attention", "prompting"},
     {"targets"},
     {"casting", "half_attention", "hooks", "ownership", "shared_input", "speed"},
-    {"low_rank"},
+    {"low_rank", "hadamard"},
     {"deltas"},
     {"gathered"},
     {"fused"},

@@ -25,6 +25,21 @@ def bf16(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
+def interrupted(patch: pytest.MonkeyPatch, folder: Path, *words: str) -> None:
+    """Do a run up to its fifth step."""
+    build = training.build
+
+    def interrupting(*args: Any) -> Any:
+        trainer = build(*args)
+        trainer.add_callback(Interrupt(5, KeyboardInterrupt()))
+        return trainer
+
+    with patch.context() as patched:
+        patched.setattr(training, "build", interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            go(folder, *words)
+
+
 def chosen(*overrides: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> speeding.Choice:
     model: Any = nn.Linear(2, 2, dtype=dtype)
     model.config = SimpleNamespace(_attn_implementation=attention)
@@ -101,18 +116,8 @@ def test_a_run_with_auto(bf16: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert found["metrics"]["after"] == pytest.approx(plain.results["metrics"]["after"], rel=0.1)
 
     # It goes on in the same way, or not at all.
-    build = training.build
-
-    def interrupted(*args: Any) -> Any:
-        trainer = build(*args)
-        trainer.add_callback(Interrupt(5, KeyboardInterrupt()))
-        return trainer
-
-    bf16.setattr(training, "build", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        go(tmp_path / "cut", *words)
+    interrupted(bf16, tmp_path / "cut", *words)
     assert AttentionInterface._global_mapping["sdpa"] is sdpa
-    bf16.setattr(training, "build", build)
     bf16.setattr(speeding, "multiplies_bf16", lambda: False)
     with pytest.raises(RunError, match="changed since it began, from bf16"):
         go(tmp_path / "cut", *words, "resume=true")
@@ -135,15 +140,5 @@ def test_a_classifier_goes_on_in_the_same_way(bf16: pytest.MonkeyPatch, tmp_path
     ]  # fmt: skip
     whole = go(tmp_path / "whole", *words)
     assert "computes no other" in " ".join(whole.results["shortcuts"]["told"])
-    build = training.build
-
-    def interrupted(*args: Any) -> Any:
-        trainer = build(*args)
-        trainer.add_callback(Interrupt(5, KeyboardInterrupt()))
-        return trainer
-
-    bf16.setattr(training, "build", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        go(tmp_path / "cut", *words)
-    bf16.setattr(training, "build", build)
+    interrupted(bf16, tmp_path / "cut", *words)
     assert digests(go(tmp_path / "cut", *words, "resume=true").folder) == digests(whole.folder)

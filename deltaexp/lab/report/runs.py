@@ -97,9 +97,11 @@ class Run:
     def computed(self) -> list[str]:
         """What its seconds and its memory owe to not computing everything anew, or not for itself alone."""
         short, speed = self.results.get("shortcuts") or {}, self.results.get("speed") or {}
+        # Runs of before had another key.
+        last = short.get("last_block", "first token" if short.get("first_token_only") else "all tokens")
         told = {
             "kept activations of frozen blocks": short.get("while_training"),
-            f"the {short.get('last_block')} only in the last block": short.get("last_block", "all tokens") != "all tokens",
+            f"the {last} only in the last block": last != "all tokens",
             "trainer.speed=auto": speed.get("asked") == "auto",
             "other runs trained in the same steps": self.results.get("trained_together"),
         }
