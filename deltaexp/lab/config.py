@@ -101,8 +101,9 @@ class TrainerConfig:
     speed: str = "off"
     """``auto`` takes the fastest safe setting for the device in the place of what is not set: on a CPU with instructions for
     bf16 that precision, with kept casts of frozen weights, low-rank updates computed together and a faster attention, on every
-    CPU freed memory that the process keeps for the next step, and everywhere a fused AdamW; what is trained stays in float32.
-    ``off`` computes as all else says, the same on every CPU."""
+    CPU freed memory that the process keeps for the next step; on a GPU kept casts, low-rank updates computed together and the
+    steps of small batches as CUDA graphs; and everywhere a fused AdamW. What is trained stays in float32. ``off`` computes as
+    all else says, the same on every CPU."""
     lr_scheduler: str = "linear"
     """How the learning rate falls, by its name in transformers."""
     scheduler_options: dict[str, Any] = field(default_factory=dict)

@@ -163,11 +163,15 @@ class ParallelTrainer(Trainer):
             and not any(isinstance(m, DistributedDataParallel) for m in model.modules())
         ):
             raise RuntimeError("The gradients of the processes would not be averaged; please report this.")
-        loss = super().training_step(*arguments, **options)
+        loss = self.computed(*arguments, **options)
         self._weight = None
         if self.sharded and self.accelerator.sync_gradients:
             average_gradients([p for p in self.model.parameters() if p.requires_grad])
         return loss
+
+    def computed(self, *arguments: Any, **options: Any) -> torch.Tensor:
+        """Return the loss of one batch, with its gradients added to those of the parameters."""
+        return super().training_step(*arguments, **options)
 
     def gathered(self, value: Any) -> Any:
         """Return tensors of all processes as one, joined along the first dimension, which may differ in length."""

@@ -33,6 +33,7 @@ from deltaexp.lab import (
     public,
     pushing,
     recovery,
+    replaying,
     sharding,
     shortcuts,
     speeding,
@@ -209,7 +210,8 @@ def _train(
         trainer.notes = lambda: {**noted, "seconds": clock.read(), "peak": _larger(peak, memory.read())}
         told = f"training for {trainer.args.max_steps:,} steps in {precision}, learning rate {config.trainer.learning_rate:g}"
         told += telling.together(processes.count(), trainer.global_batch_size, config.trainer.sharding)
-        with clock.phase("train", told):
+        target_length = config.task.max_target_length
+        with clock.phase("train", told), replaying.replayed(choice.graphs, trainer, short, target_length, console) as graphs:
             if counts["trainable"]:
                 shared.train(trainer, short, checkpoint_folder, clock)
             else:
@@ -257,7 +259,7 @@ def _train(
             "training_log": trainer.state.log_history,
             "steps": trainer.state.global_step,
             "precision": precision,
-            "speed": choice.recorded(),
+            "speed": choice.recorded() | {"replays": graphs},
             "processes": processes.count(),
             "global_batch_size": trainer.global_batch_size,
             "sharding": config.trainer.sharding,

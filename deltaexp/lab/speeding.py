@@ -4,8 +4,11 @@ On a CPU that multiplies matrices of bfloat16 that is mixed precision, as by ``t
 exact to its rounding: casts of frozen weights are kept (`deltaexp.casting`), low-rank updates are gathered
 (`deltaexp.gathered`), and attention is computed by plain products, the backward pass of which is faster
 (`deltaexp.half_attention`). On every CPU freed memory is kept for the next step, where the C library can do so
-(`deltaexp.lab.memory`). The choice goes by the config and by what the hardware says that it can do, never by a measurement, so
-that it is the same every time. What is set explicitly is kept.
+(`deltaexp.lab.memory`). A GPU computes in mixed precision anyway; there casts are kept and updates gathered, too, where that
+takes little of its memory, and the steps of small models are replayed as CUDA graphs (`deltaexp.lab.replaying`).
+
+The choice goes by the config and by what the hardware says that it can do, never by a measurement, so that it is the same
+every time. What is set explicitly is kept.
 """
 
 from __future__ import annotations
@@ -19,8 +22,11 @@ from typing import Any
 import torch
 
 from deltaexp import casting, gathered, half_attention, quantised
-from deltaexp.lab import arguments, memory, processes
+from deltaexp.lab import arguments, memory, processes, replaying
 from deltaexp.lab.config import RunConfig, TrainerConfig
+
+SHARE = 16
+"""Kept casts may take one part of so many of a GPU's memory."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,8 @@ class Choice:
     """Whether casts of frozen weights are kept, and low-rank updates gathered."""
     attention: bool = False
     """Whether attention is computed by `deltaexp.half_attention`."""
+    graphs: bool = False
+    """Whether training steps are replayed as CUDA graphs."""
     memory: bool = False
     """Whether freed memory is kept for the next step, which no result depends on."""
     reasons: tuple[str, ...] = ()
@@ -43,13 +51,14 @@ class Choice:
         return {
             "asked": self.trainer.speed, "precision": self.trainer.precision, "optimizer": self.trainer.optimizer,
             "kept_casts": self.casts, "attention_by_products": self.attention, "kept_memory": self.memory,
-            "reasons": list(self.reasons),
+            "cuda_graphs": self.graphs, "reasons": list(self.reasons),
         }  # fmt: skip
 
     @property
     def name(self) -> str:
         """What results depend on, in a few words."""
-        extra = [word for word, on in (("kept casts", self.casts), ("attention by products", self.attention)) if on]
+        words = {"kept casts": self.casts, "attention by products": self.attention, "CUDA graphs": self.graphs}
+        extra = [word for word, on in words.items() if on]
         return ", ".join([self.trainer.precision, self.trainer.optimizer, *extra])
 
 
@@ -77,9 +86,10 @@ def choose(config: RunConfig, model: Any) -> Choice:
         return Choice(trainer, reasons=(f"nothing is chosen for {what}: all is as with trainer.speed=off",))
     gpu = torch.cuda.is_available() and not trainer.cpu
     reasons: list[str] = []
-    casts = attention = kept = False
+    casts = attention = graphs = kept = False
     if gpu:
         reasons.append(f"{trainer.precision} and attention as with trainer.speed=off, which are for a GPU already")
+        casts, graphs = _on_gpu(config, trainer, model, reasons)
     else:
         trainer, precision = _precision(config, trainer, model)
         reasons.append(precision)
@@ -99,7 +109,24 @@ def choose(config: RunConfig, model: Any) -> Choice:
     if trainer.optimizer == "adamw":
         trainer = dataclasses.replace(trainer, optimizer="adamw_fused")
         reasons.append("AdamW fused, the same to rounding")
-    return Choice(trainer, casts, attention, kept, tuple(reasons))
+    return Choice(trainer, casts, attention, graphs, kept, tuple(reasons))
+
+
+def _on_gpu(config: RunConfig, trainer: TrainerConfig, model: Any, reasons: list[str]) -> tuple[bool, bool]:
+    """Return whether casts are kept on a GPU, and whether steps are replayed, and add the reasons."""
+    casts = False
+    if trainer.precision == "bf16" and not trainer.compile:
+        memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        taken = sum(parameter.numel() for parameter in model.parameters()) * torch.bfloat16.itemsize
+        casts = taken * SHARE <= memory
+        if casts:
+            reasons.append("frozen weights are cast once, and low-rank updates gathered")
+        else:
+            reasons.append(f"no casts of frozen weights are kept, which would take {taken / 2**30:.3g} GiB")
+    why = "fp16 scales the loss by what it finds" if trainer.precision == "fp16" else replaying.refused(config)
+    small = "steps of small batches are CUDA graphs, begun by one call"
+    reasons.append(small if why is None else f"no CUDA graphs: {why}")
+    return casts, why is None
 
 
 def _precision(config: RunConfig, trainer: TrainerConfig, model: Any) -> tuple[TrainerConfig, str]:

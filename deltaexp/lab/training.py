@@ -65,6 +65,8 @@ class DeltaTrainer(ParallelTrainer):
         """What the run wants to find again in a checkpoint, for JSON."""
         self.joint: Any = None
         """Computes batches together with those of other runs (`deltaexp.lab.joint`); None where there are none."""
+        self.replays: Any = None
+        """Replays steps (`deltaexp.lab.replaying`); None where all are computed."""
         self.alone: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
         """Makes a context in which no other run's delta is in the backbone."""
         model = delta_model.backbone_model
@@ -250,9 +252,13 @@ class DeltaTrainer(ParallelTrainer):
         finally:
             self.label_smoother = smoother
 
-    def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
+    def computed(self, *arguments: Any, **options: Any) -> torch.Tensor:
         """Compute loss and gradients of a batch."""
-        loss = super().training_step(*arguments, **options)
+        if self.replays is not None and self.joint is None:
+            loss = self.replays.step(self._prepare_inputs(arguments[1]), self._weight)
+            if loss is not None:
+                return loss
+        loss = super().computed(*arguments, **options)
         if self.joint is not None:
             self.joint.backward()
         return loss

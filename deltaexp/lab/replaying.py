@@ -1,0 +1,152 @@
+"""What of a run's training can be replayed as CUDA graphs (`deltaexp.lab.graphs`), and how its batches are computed for it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from deltaexp.frozen import TOKENS
+from deltaexp.lab.config import RunConfig
+from deltaexp.lab.graphs import KEPT, Batch, Padding, StepGraphs
+from deltaexp.lab.tasks.kinds.base import IGNORED
+from deltaexp.registry import DeltaConfig
+
+if TYPE_CHECKING:
+    from deltaexp.lab.shortcuts import Shortcuts
+    from deltaexp.lab.training import DeltaTrainer
+
+WORK = 2**42
+"""Parameters times tokens of a batch from which a GPU computes for longer than the CPU needs to begin its operations."""
+PATCHES = 256
+"""Tokens that an input counts for that is no text, such as an image."""
+TOLERANCE = 0.02
+"""By how much the loss of a batch may differ with padding, by the rounding of half precision."""
+WEIGHT = "weight of the batch"
+"""The input that stands for what the loss of a batch counts."""
+
+
+def refused(config: RunConfig) -> str | None:
+    """Say in a clause what of a config speaks against replaying its steps; None where nothing does."""
+    if config.trainer.compile:
+        return "the model is compiled"
+    if config.trainer.gradient_checkpointing:
+        return "activations are computed twice"
+    if config.backbone.device_map:
+        return "the backbone is placed by a device_map"
+    return None
+
+
+@contextlib.contextmanager
+def replayed(wanted: bool, trainer: DeltaTrainer, short: Shortcuts, target: int, console: Any) -> Iterator[dict[str, Any]]:
+    """Within this context a trainer's steps are replayed, if that is wanted; yield what becomes known of that in the end.
+
+    Args:
+        wanted: Whether.
+        trainer: The trainer.
+        short: What its run leaves out.
+        target: The length of the longest target that a decoder is given.
+        console: Where to say what was replayed.
+    """
+    facts: dict[str, Any] = {}
+    if not wanted:
+        yield facts
+        return
+    trainer.replays = replays = Replays(trainer, short, target)
+    try:
+        yield facts
+    finally:
+        trainer.replays = None
+        facts |= replays.facts()
+        why = f"; not all, as {facts['told']}" if facts["told"] else ""
+        console.print(f"  CUDA graphs: {facts['replayed']:,} batches replayed, of {facts['shapes']} shapes{why}", markup=False)
+
+
+class Replays:
+    """The steps of a run, replayed where that can be.
+
+    Args:
+        trainer: Its trainer.
+        short: What it leaves out.
+        target: The length of the longest target that a decoder is given.
+    """
+
+    def __init__(self, trainer: DeltaTrainer, short: Shortcuts, target: int) -> None:
+        self.trainer, self.shortcut = trainer, short.shortcut if short.shortcut and short.shortcut.training else None
+        self.model: Any = trainer.model
+        self.steps: StepGraphs | None = None
+        self.told: str | None = None
+        """Why nothing is replayed, or not everything, in a clause."""
+        self._size = sum(parameter.numel() for parameter in self.model.parameters())
+        self._checked = False
+        delta = trainer.delta_model
+        if trainer.args.n_gpu > 1:
+            self.told = "several GPUs share a batch"
+            return
+        if type(delta.config).after_step is not DeltaConfig.after_step:
+            self.told = f"{delta.config.delta_type} changes its layers while training"
+            return
+        lengths = trainer.splits["train"].lengths or [0]
+        pad = getattr(getattr(trainer.kind, "processor", None), "pad_token_id", None)
+        longest = (0, 0) if pad is None else (max(lengths), target)
+        padding = Padding(pad or 0, IGNORED, *longest)
+        self.steps = StepGraphs(self._loss, list(delta.trainable_parameters().values()), padding=padding)
+
+    def step(self, inputs: Batch, weight: torch.Tensor | None) -> torch.Tensor | None:
+        """Return the loss of a batch, with its gradients added to those of the parameters; None where it is not replayed."""
+        if self.steps is None or self._work(inputs) > WORK:
+            return None
+        extra = {} if weight is None else {WEIGHT: weight}
+        if self.shortcut is not None:
+            known = self.shortcut.known({name: inputs[name] for name in (*TOKENS, "attention_mask") if name in inputs})
+            if known is None:
+                return None
+            extra[KEPT] = known
+        padding = self.steps.padding
+        if not self._checked and padding is not None and padding.changes(inputs):
+            self._checked = True
+            if not self._pads_alike(inputs, padding):
+                self.steps.padding = None
+        found = self.steps.step({**inputs, **extra}, self.trainer.current_gradient_accumulation_steps)
+        self.told = self.steps.refused
+        return found
+
+    def facts(self) -> dict[str, Any]:
+        """Return what was replayed, for JSON."""
+        steps = self.steps
+        return {"shapes": steps.shapes if steps else 0, "replayed": steps.replayed if steps else 0, "told": self.told}
+
+    def _work(self, inputs: Batch) -> int:
+        """Return parameters times tokens of a batch."""
+        ids = inputs.get("input_ids")
+        tokens = ids.numel() if ids is not None else PATCHES * len(next(iter(inputs.values())))
+        return self._size * tokens
+
+    def _loss(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the loss of a batch as the Trainer computes it in a training step."""
+        trainer = self.trainer
+        given = dict(inputs)
+        trainer._weight, known = given.pop(WEIGHT, None), given.pop(KEPT, None)
+        trainer.model.train()
+        try:
+            if self.shortcut is not None:
+                self.shortcut.given = known
+            with trainer.compute_loss_context_manager():
+                return trainer.compute_loss(trainer.model, given) / trainer.current_gradient_accumulation_steps
+        finally:
+            if self.shortcut is not None:
+                self.shortcut.given = None
+
+    def _pads_alike(self, inputs: Batch, padding: Padding) -> bool:
+        """Say whether the loss of a batch is the same with padding."""
+        trainer, model, was = self.trainer, self.model, self.model.training
+        model.eval()
+        try:
+            with torch.no_grad(), trainer.compute_loss_context_manager():
+                one, other = (float(trainer.compute_loss(model, dict(batch))) for batch in (inputs, padding.padded(inputs)))
+        finally:
+            model.train(was)
+        return math.isclose(one, other, rel_tol=TOLERANCE, abs_tol=1e-6)
