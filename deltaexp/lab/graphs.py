@@ -46,6 +46,9 @@ class Recorder(Protocol):
     def record(self, compute: Callable[[], None]) -> Callable[[], None]:
         """Return what does again what a function does, on the same memory."""
 
+    def aside(self) -> contextlib.AbstractContextManager[None]:
+        """Make a context in which is computed where operations are recorded."""
+
     def random_state(self) -> torch.Tensor:
         """Return the state of the device's random generator."""
 
@@ -62,17 +65,36 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self._pool = device, torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
 
     def record(self, compute: Callable[[], None]) -> Callable[[], None]:
         """Return the replay of what a function has the GPU do."""
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         try:
             # What other threads do meanwhile, such as that which pins the memory of batches, is no concern of the graph.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                 compute()
-        finally:
-            torch.cuda.set_stream(stream)  # a recording that fails leaves its own
+        except Exception:
+            # What fails leaves its stream as the current one, and the random generator as if it were recorded still.
+            torch.cuda.set_stream(before)
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream(self.device)):
+                torch.zeros(1, device=self.device)
+            raise
         return graph.replay
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within this context is computed on the stream on which is recorded.
+
+        Autograd remembers on which stream a parameter was used, and nothing that is recorded may wait for another one.
+        """
+        own = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(own)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            own.wait_stream(self._stream)
 
     def random_state(self) -> torch.Tensor:
         """Return the state of the GPU's random generator."""
@@ -244,7 +266,7 @@ class StepGraphs:
         """Record the steps of a shape, or replay them, and say whether they come to what is computed plainly."""
         drawn, own = self.recorder.random_state(), _random_state()
         try:
-            with _as_recorded():
+            with _as_recorded(), self.recorder.aside():
                 expected = self._computed(graph)
             if not _same_state(own, _random_state()):
                 raise Unfit("random numbers are drawn on the CPU")
@@ -350,5 +372,8 @@ def _set_random_state(state: tuple[Any, ...]) -> None:
     np.random.set_state(state[2])
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
+    """Return the first line of what an error says; of one that comes of another, of that."""
+    while error.__context__ is not None:
+        error = error.__context__
     return (str(error) or type(error).__name__).splitlines()[0]

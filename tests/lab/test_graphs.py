@@ -1,5 +1,6 @@
 """Steps that are replayed. On the CPU what is recorded is computed again, so that all but the GPU's own part is tried here."""
 
+import contextlib
 import dataclasses
 import random
 from collections.abc import Callable
@@ -25,6 +26,9 @@ class Again:
     def record(self, compute: Callable[[], None]) -> Callable[[], None]:
         self.recorded += 1
         return compute
+
+    def aside(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def random_state(self) -> torch.Tensor:
         return torch.get_rng_state()
