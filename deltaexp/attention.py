@@ -26,6 +26,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AttentionInterface
 
 from deltaexp.errors import AddressingError, DeltaExpError
+from deltaexp.indices import index
 from deltaexp.lazy import Layer
 from deltaexp.tree import backbone_modules
 
@@ -162,17 +163,17 @@ def _by_rows(
     for mine, numbers in sharing.items():
         # As a rule they follow one another.
         follow = numbers[-1] - numbers[0] == len(numbers) - 1
-        index: Any = slice(numbers[0], numbers[-1] + 1) if follow else torch.tensor(numbers, device=query.device)
+        where: Any = slice(numbers[0], numbers[-1] + 1) if follow else index(tuple(numbers), query.device)
 
-        def of_rows(value: Any, index: Any = index) -> Any:
-            return value[index] if isinstance(value, torch.Tensor) and value.dim() > 1 and len(value) == rows else value
+        def of_rows(value: Any, where: Any = where) -> Any:
+            return value[where] if isinstance(value, torch.Tensor) and value.dim() > 1 and len(value) == rows else value
 
         own = [of_rows(value) for value in others], {name: of_rows(value) for name, value in named.items()}
-        outputs.append(_behind(list(mine), module, query[index], *own[0], **own[1])[0])
+        outputs.append(_behind(list(mine), module, query[where], *own[0], **own[1])[0])
     output = torch.cat(outputs)
     if order == sorted(order):
         return output, None
-    return output[torch.tensor(order, device=output.device).argsort()], None
+    return output[index(tuple(sorted(range(rows), key=order.__getitem__)), output.device)], None
 
 
 def _behind(

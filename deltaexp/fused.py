@@ -26,6 +26,7 @@ from deltaexp import gathered
 from deltaexp.casting import cast_all
 from deltaexp.deltas._linear import LowRankDelta, WeightDelta
 from deltaexp.hooks import add_parallel, add_weighted
+from deltaexp.indices import index
 from deltaexp.layout import Rows
 from deltaexp.lazy import Layer
 from deltaexp.low_rank import (
@@ -243,12 +244,12 @@ def _together(x: torch.Tensor, found: list[Any]) -> tuple[float, torch.Tensor, t
     if not routed:
         return scale, torch.cat(downs), torch.cat(ups, dim=1)
     routed[0].repeats(x)  # checks that the rows of x are the batch's
-    kinds, index = _kinds(tuple(None if one.batch_rows is None else one.batch_rows.rows for one, _, _ in found), routed[0].size)
+    kinds, which = _kinds(tuple(None if one.batch_rows is None else one.batch_rows.rows for one, _, _ in found), routed[0].size)
     most = max(sum(len(downs[n]) for n in kind) for kind in kinds)
     # Each rank a row here, and the matrices turned round afterwards: the layout in which they are multiplied.
     up, down = _stacked([up.T for up in ups], kinds, most), _stacked(downs, kinds, most).mT.contiguous()
-    if index != tuple(range(len(kinds))):
-        where = _index(index, x.device)
+    if which != tuple(range(len(kinds))):
+        where = index(which, x.device)
         up, down = up[where], down[where]
     return scale, down.mT, up.mT
 
@@ -274,9 +275,3 @@ def _kinds(rows: tuple[tuple[int, ...] | None, ...], size: int) -> tuple[list[tu
     kinds = list(dict.fromkeys(used))
     runs = math.gcd(size, *(row for row in range(1, size) if used[row] != used[row - 1]))
     return kinds, tuple(kinds.index(kind) for kind in used[::runs])
-
-
-@functools.lru_cache(maxsize=64)
-def _index(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(numbers, device=device)

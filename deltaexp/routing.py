@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from deltaexp.errors import DeltaExpError, listing
+from deltaexp.indices import index
 from deltaexp.lazy import Layer
 from deltaexp.merging import merged_names
 from deltaexp.model import DeltaModel
@@ -48,7 +49,7 @@ class BatchRows:
         Raises:
             DeltaExpError: If the first dimension of ``h`` is not the batch's.
         """
-        rows = torch.tensor(self.rows, dtype=torch.long, device=h.device)
+        rows = index(self.rows, h.device)
         if not self.rows:
             return rows
         many = self.repeats(h)

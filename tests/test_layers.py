@@ -11,7 +11,7 @@ ORDER = [
     {"errors", "lazy"},
     {"addressing", "hubclient"},
     {"registry"},
-    {"layout", "naming", "checksum", "mapped", "quantised"},
+    {"indices", "layout", "naming", "checksum", "mapped", "quantised"},
     {"tree", "digest_cache", "manifest", "probe"},
     {"structure", "attention", "prompting"},
     {"targets"},

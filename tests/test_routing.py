@@ -132,6 +132,19 @@ def test_generate(name: str, options: dict) -> None:
     assert not torch.equal(generate([0, 1, 2, 3, 4]), routed)
 
 
+def test_what_tells_rows_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU would have the host wait for it in every layer."""
+    family = FAMILIES["bert"]
+    backbone, inputs = family.build(), batch(family)
+    deltas = [attach(backbone, kind, seed=seed, **keys) for seed, (kind, keys) in enumerate(KINDS.values(), 1)]
+    choices = [deltas[-1], deltas[0], None, deltas[3], deltas[-1]]
+    with route(choices):
+        expected = logits(backbone, inputs)
+    monkeypatch.setattr(torch, "tensor", None)
+    with route(choices):
+        assert torch.equal(logits(backbone, inputs), expected)
+
+
 def test_only_none() -> None:
     family = FAMILIES["bert"]
     backbone, inputs = family.build(), batch(family, 2)
