@@ -6,98 +6,35 @@ import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import liger
 import peft
 import torch
+from preparing import BF16, Contender, Group, Prepared, prepared
 from shapes import Backbones, Shape
 from torch import nn
 
 from deltaexp import AutoDeltaConfig, AutoDeltaModel, half_attention, route, speed
-from deltaexp.lab import schema, speeding
+from deltaexp.lab import graphs, replaying, schema, speeding
 
 RANK, ALPHA = 8, 16
-FP32, BF16 = torch.float32, torch.bfloat16
+FP32 = torch.float32
 LIMIT = "frozen limit"
-
-
-@dataclass
-class Contender:
-    """One way of taking a step."""
-
-    name: str
-    library: str
-    """"torch", "peft" or "deltaexp"."""
-    method: str
-    precision: str
-    """"fp32" or "bf16"."""
-    make: Callable[[Backbones], Prepared]
-
-
-@dataclass
-class Prepared:
-    """A model with its step."""
-
-    model: nn.Module
-    forward: Callable[[], Any]
-    step: Callable[[], Any]
-    keep: list[Any] = field(default_factory=list)
-    """What must live as long as the model."""
-
-
-@dataclass
-class Group:
-    """Contenders that are measured in turns."""
-
-    name: str
-    training: bool
-    contenders: list[Contender]
-    against: str
-    """The name of the one that the others are compared with."""
-
-
-def prepared(
-    model: Any,
-    backbones: Backbones,
-    training: bool = True,
-    autocast: bool = False,
-    around: Callable[[], Any] = contextlib.nullcontext,
-    **extra: Any,
-) -> Prepared:
-    """Return a model with a step: forward and backward pass, or the forward pass alone."""
-    batch = backbones.shape.batch(backbones.device)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    kind = backbones.device.partition(":")[0]
-
-    def forward() -> Any:
-        with torch.autocast(kind, BF16, enabled=autocast), around():
-            return model(**batch, **extra)
-
-    def train() -> None:
-        forward().loss.backward()
-        for parameter in trained:
-            parameter.grad = None
-
-    def infer() -> None:
-        with torch.inference_mode():
-            forward()
-
-    model.train(training)
-    return Prepared(model, forward, train if training else infer)
 
 
 def limit(backbones: Backbones, **options: Any) -> Prepared:
     """Return the forward pass, and the gradient with respect to all activations from the first block's input on."""
     model = backbones.get(**options)
-    block = model.get_submodule(backbones.shape.first_block)
-    block.register_forward_pre_hook(_needs_gradient)
-    return prepared(model, backbones)
+    entered: list[torch.Tensor] = []
 
+    def enter(_: nn.Module, args: tuple) -> tuple:
+        entered[:] = [args[0].detach().requires_grad_()]
+        return (*entered, *args[1:])
 
-def _needs_gradient(_: nn.Module, args: tuple) -> tuple:
-    return (args[0].detach().requires_grad_(), *args[1:])
+    model.get_submodule(backbones.shape.first_block).register_forward_pre_hook(enter)
+    return prepared(model, backbones, entered=entered)
 
 
 def full(backbones: Backbones, **options: Any) -> Prepared:
@@ -164,8 +101,8 @@ def attached(backbone: Any, keys: dict[str, Any]) -> Any:
     return delta
 
 
-def auto(backbones: Backbones, kind: str = "all", dtype: torch.dtype = FP32) -> Prepared:
-    """Return a LoRA as a run with ``trainer.speed=auto`` computes it."""
+def auto(backbones: Backbones, kind: str = "all", dtype: torch.dtype = FP32, replayed: bool = True) -> Prepared:
+    """Return a LoRA as a run with ``trainer.speed=auto`` computes it; ``replayed``: by CUDA graphs, where it does so."""
     model = backbones.get(dtype)
     delta = attached(model, our_lora(kind)(backbones.shape))
     on = [] if backbones.device != "cpu" else ["trainer.cpu=true"]
@@ -176,7 +113,26 @@ def auto(backbones: Backbones, kind: str = "all", dtype: torch.dtype = FP32) -> 
     around = half_attention.registered if choice.attention else contextlib.nullcontext
     made = prepared(model, backbones, autocast=choice.trainer.precision == "bf16", around=around)
     made.keep += [delta, applied]
+    ids = backbones.batch()["input_ids"]
+    if replayed and choice.graphs and model.num_parameters() * ids.numel() <= replaying.WORK:
+        _replay(made, backbones)
     return made
+
+
+def _replay(made: Prepared, backbones: Backbones) -> None:
+    """Let a step be taken as a run does where steps are CUDA graphs: replayed, or computed as ever where that cannot be."""
+    trained = [parameter for parameter in made.model.parameters() if parameter.requires_grad]
+    replays = graphs.StepGraphs(lambda inputs: made.forward(inputs).loss, trained)
+    batch, eager = backbones.batch(), made.step
+
+    def step() -> None:
+        if replays.step(batch) is None:
+            eager()
+        for parameter in trained:
+            parameter.grad = None
+
+    made.step = step
+    made.keep.append(replays)
 
 
 def lora_modules(kind: str, shape: Shape) -> tuple[str, ...]:
@@ -365,33 +321,16 @@ def inference(precision: str) -> Group:
     return Group(f"inference, {precision}", False, found, "backbone")
 
 
-def liger() -> Contender | None:
-    """Return PEFT's LoRA on a backbone with Liger's kernels, where these are installed."""
-    try:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance as apply
-    except ImportError:
-        return None
-
-    def make(backbones: Backbones) -> Prepared:
-        model = backbones.get(BF16)
-        apply(model=model)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            wrapped = peft.get_peft_model(model, peft_lora("all")(backbones.shape), autocast_adapter_dtype=False)
-        return prepared(wrapped, backbones)
-
-    return Contender("PEFT LoRA all: bf16 adapters, Liger kernels", "peft", "lora all", "bf16", make)
-
-
 def groups(shape: Shape, device: str) -> Iterator[Group]:
     """Return what is measured of a shape."""
     large = shape.name == "llama-1b"  # in float32 it would only take time
     if not large:
         yield training_fp32()
     low = training_bf16(device)
-    with_kernels = liger() if device != "cpu" and not shape.classes else None
-    if with_kernels is not None:
-        low.contenders.append(with_kernels)
+    if device != "cpu" and not shape.classes:
+        for name, loss in (("Liger kernels", True), ("Liger kernels but for the loss", False)):
+            make = partial(liger.prepared_with, config=peft_lora("all"), loss=loss)
+            low.contenders.append(Contender(f"PEFT LoRA all: bf16 adapters, {name}", "peft", "lora all", "bf16", make))
     yield low
     if not large:
         yield methods()

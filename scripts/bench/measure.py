@@ -12,13 +12,23 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+aten = torch.ops.aten
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+"""The dtypes of the products of a precision, by which `peaks` knows them."""
 
 
-def seconds(step: Callable[[], Any], device: str) -> float:
+def seconds(step: Callable[[], Any], device: str, times: int = 1) -> float:
     """Return how long a step takes: on a GPU between two of its events, and on the CPU by the clock.
 
     With one thread that is the thread's own clock, which stands still while another process has the core.
+
+    Args:
+        step: The step.
+        device: Where.
+        times: How many steps a GPU takes one after the other, of which this is the mean.
     """
     if device == "cpu":
         clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
@@ -28,10 +38,16 @@ def seconds(step: Callable[[], Any], device: str) -> float:
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     before.record()
-    step()
+    for _ in range(times):
+        step()
     after.record()
     torch.cuda.synchronize()
-    return before.elapsed_time(after) / 1000
+    return before.elapsed_time(after) / 1000 / times
+
+
+def often(step: Callable[[], Any], device: str) -> int:
+    """Return how many steps are timed at once: on a GPU several, as in a training, where none waits for the one before."""
+    return 1 if device == "cpu" else max(2, min(20, math.ceil(0.01 / seconds(step, device))))
 
 
 def in_turns(
@@ -51,12 +67,13 @@ def in_turns(
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     begun = time.monotonic()
+    at_once = {name: often(step, device) for name, step in steps.items()}
     for number in range(rounds):
         if number >= 3 and time.monotonic() - begun > limit:
             break
         gc.collect()  # what it is off for: that it comes within a step
         for name in list(steps)[:: 1 if number % 2 == 0 else -1]:
-            times[name].append(seconds(steps[name], device))
+            times[name].append(seconds(steps[name], device, at_once[name]))
         progress()
     return times
 
@@ -90,21 +107,48 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
+class Counted(TorchDispatchMode):
+    """Counts the floating-point operations of matrix products, by the formulas of `torch.utils.flop_counter`.
+
+    Its own counter puts hooks on all modules, with which some compute otherwise, and knows no products that are added in place.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+        self.formulas: dict[Any, Callable[..., int]] = {
+            **flop_registry, aten.addmm_: flop_registry[aten.addmm], aten.baddbmm_: flop_registry[aten.baddbmm],
+        }  # fmt: skip
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        formula = self.formulas.get(func._overloadpacket)
+        if formula is None and func is not torch.ops.prim.device.default:
+            with self:
+                parts = func.decompose(*args, **kwargs)
+                if parts is not NotImplemented:
+                    return parts
+        out = func(*args, **kwargs)
+        if formula is not None:
+            self.total += formula(*args, **kwargs, out_val=out)
+        return out
+
+
 def flops(step: Callable[[], Any]) -> int:
-    """Return the floating-point operations of a step's matrix products and attention."""
-    # By plain products: PyTorch's counter knows neither the CPU's attention nor that of grouped queries.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    """Return the floating-point operations of a step's matrix products and attention; masked products are counted, too."""
+    # By plain products: there are no formulas for the CPU's attention, nor for that of grouped queries.
+    with sdpa_kernel(SDPBackend.MATH), Counted() as counted:
         step()
-    return counter.get_total_flops()
+    return counted.total
 
 
 def peaks(device: str, dtypes: Sequence[torch.dtype]) -> dict[str, float]:
     """Measure what the machine can do: FLOP/s of a large matrix product per dtype, and bytes/s of a copy."""
-    size = 1024 if device == "cpu" else 8192
+    size, turns = (1024, 8) if device == "cpu" else (8192, 20)
     result = {}
     for dtype in dtypes:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        best = min(seconds(lambda a=a, b=b: a @ b, device) for _ in range(8))
+        best = min(seconds(lambda a=a, b=b: a @ b, device) for _ in range(turns))
         result[str(dtype).removeprefix("torch.")] = 2 * size**3 / best
     source = torch.empty(2**26 if device == "cpu" else 2**30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)

@@ -6,23 +6,30 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from measure import DTYPES
 from rich.console import Console
 from rich.table import Table
 
 
 def show(console: Console, shape: str, group: str, found: dict[str, Any], peaks: dict[str, float]) -> None:
     """Print the figures of one group."""
+    for name, error in found["failed"].items():
+        console.print(f"  {name} could not be measured: {error}", style="yellow", highlight=False)
+    if not found["contenders"]:
+        return
     base = found["contenders"][found["against"]]
-    peak = peaks["float32" if base["precision"] == "fp32" else "bfloat16"]
+    peak = peaks[DTYPES[base["precision"]]]
     achieved = found["flops"] / base["seconds"]["median"]
-    rounds = len(base["times"])
+    rounds, graphs = len(base["times"]), ", as CUDA graphs" if found["graphs"] else ""
     table = Table(
-        title=f"{shape}: {group} ({rounds} rounds; {found['against']}: {found['flops'] / 1e9:.1f} GFLOP, "
+        title=f"{shape}: {group}{graphs} ({rounds} rounds; {found['against']}: {found['flops'] / 1e9:.1f} GFLOP, "
         f"{achieved / 1e9:.0f} GFLOP/s, {achieved / peak:.0%} of the peak {peak / 1e9:.0f})",
         title_justify="left",
     )
     columns = ["contender", "ms", "quartiles", "ratio", "quartiles", "of minima"]
     columns += ["saved MB", "trained"] if found["training"] else []
+    gpu = "floor_seconds" in found
+    columns += ["peak MB", "GFLOP", "of peak"] if gpu else []
     for column in columns:
         table.add_column(column, justify="left" if column == "contender" else "right")
     for name, one in found["contenders"].items():
@@ -37,10 +44,17 @@ def show(console: Console, shape: str, group: str, found: dict[str, Any], peaks:
         ]
         if found["training"]:
             row += [f"{one['saved_bytes'] / 1e6:.2f}", f"{one['trained_parameters']:,}"]
+        if gpu:
+            row += [f"{one['peak_bytes'] / 1e6:.0f}", f"{one['flops'] / 1e9:.1f}", f"{one['of_peak']:.1%}"]
         table.add_row(*row, style="bold" if one["library"] == "deltaexp" else None)
     console.print(table)
-    for name, error in found["failed"].items():
-        console.print(f"  {name} could not be measured: {error}", style="yellow", highlight=False)
+    if gpu:
+        floor, took = found["floor_seconds"], base["seconds"]["median"]
+        console.print(
+            f"  Arithmetic floor, the FLOP of the {found['against']} at the measured peak: {1e3 * floor:.3f} ms; "
+            f"the {found['against']} takes {took / floor:.2f} times as long.\n",
+            highlight=False,
+        )
 
 
 def targets(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -107,7 +121,10 @@ def plot(results: dict[str, Any], target: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    parts = [(shape, name, one) for shape, groups in results["shapes"].items() for name, one in groups.items()]
+    found = [(shape, name, one) for shape, groups in results["shapes"].items() for name, one in groups.items()]
+    parts = [part for part in found if part[2]["contenders"]]
+    if not parts:
+        return
     heights = [len(one["contenders"]) + 2 for _, _, one in parts]
     figure, axes = pyplot.subplots(
         len(parts), 1, figsize=(9, 0.24 * sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"

@@ -9,7 +9,10 @@ machine, where the times themselves do not. Saved bytes are those of the tensors
 once, parameters not counted. On the CPU freed memory is kept for the next step, as trainer.speed=auto keeps it, for all alike:
 otherwise the C library gives some of it back, and whose step pays for that depends on whose came before.
 
-Writes ``results.json``, ``results.txt`` and, where matplotlib is installed, ``results.png`` to ``--out``.
+On a GPU small shapes are bound by what calls the kernels. With ``--graphs`` every step is captured as a CUDA graph, which is
+replayed: what the kernels themselves take is compared. A batch has no mask then, as it has no padding.
+
+Writes ``results.json`` (after every group), ``results.txt`` and, where matplotlib is installed, ``results.png`` to ``--out``.
 """
 
 from __future__ import annotations
@@ -22,21 +25,24 @@ import os
 import platform
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gpu
 import peft
 import torch
 import transformers
-from contenders import Contender, Group, Prepared, groups
-from measure import flops, in_turns, peaks, ratio, saved_bytes, summary
+from contenders import groups
+from measure import DTYPES, flops, in_turns, peaks, ratio, saved_bytes, summary
+from preparing import Contender, Group, Prepared
 from report import plot, show, targets
 from rich.console import Console
 from rich.progress import Progress
 from shapes import SHAPES, Backbones
 
 import deltaexp
-from deltaexp.lab import memory
+from deltaexp.lab import memory, writing
 
 
 def arguments() -> argparse.Namespace:
@@ -47,10 +53,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--only", default="", help="only contenders the name of which contains this, and what they are compared with"
     )
-    parser.add_argument("--seconds", type=float, help="for all measuring together; by default 600, on a GPU 45")
+    parser.add_argument("--seconds", type=float, help="for all measuring; by default 600, on a GPU 45 with getting ready")
     parser.add_argument("--rounds", type=int, default=200, help="the most rounds of a group")
     parser.add_argument("--threads", type=int, default=1, help="threads of the CPU")
     parser.add_argument("--tf32", action="store_true", help="let float32 products be computed in TF32 on a GPU")
+    parser.add_argument("--graphs", action="store_true", help="on a GPU, replay every step as a CUDA graph")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench"))
     return parser.parse_args()
 
@@ -79,12 +86,29 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measured(
-    group: Group, backbones: Backbones, seconds: float, options: argparse.Namespace, progress: Progress
+    group: Group,
+    backbones: Backbones,
+    seconds: float,
+    options: argparse.Namespace,
+    progress: Progress,
+    most: dict[str, float],
 ) -> dict[str, Any]:
-    """Measure a group: per contender the times, and against another one their ratios."""
+    """Measure a group: per contender the times, and against another one their ratios.
+
+    Args:
+        group: The group.
+        backbones: Makes what it is measured on.
+        seconds: How long; on a GPU with what it takes to get ready.
+        options: The command line's.
+        progress: What is told of each round.
+        most: What the machine can do, from `measure.peaks`.
+    """
+    begun, cuda = time.monotonic(), options.device != "cpu"
     name = f"{backbones.shape.name}: {group.name}"
     task = progress.add_task(name, total=None)
     ready: dict[str, tuple[Contender, Prepared]] = {}
+    steps: dict[str, Callable[[], Any]] = {}
+    graphs = gpu.Graphs() if options.graphs else None
     failed: dict[str, str] = {}
     gc.collect()
     gc.freeze()  # what is there already need not be looked at in every round
@@ -92,13 +116,21 @@ def measured(
     for one in chosen:
         try:
             made = one.make(backbones)
+            step = made.step if graphs is None else made.once
             for _ in range(2):
-                made.step()
+                step()
+            steps[one.name] = step if graphs is None else graphs.captured(step)
         except Exception as error:  # a contender that another version of a library has not is no reason to measure none
             failed[one.name] = f"{type(error).__name__}: {error}".splitlines()[0]
             continue
         ready[one.name] = one, made
-    steps = {key: made.step for key, (_, made) in ready.items()}
+    found: dict[str, Any] = {"against": group.against, "training": group.training, "graphs": options.graphs, "failed": failed}
+    if group.against not in ready:
+        gc.unfreeze()
+        progress.remove_task(task)
+        return {**found, "contenders": {}}
+    if cuda:
+        seconds -= time.monotonic() - begun
     gc.disable()
     times = in_turns(steps, options.device, seconds, options.rounds, lambda: progress.advance(task))
     gc.enable()
@@ -118,20 +150,35 @@ def measured(
             result[key]["saved_bytes"] = saved_bytes(made.model, made.forward)
             trained = sum(parameter.numel() for parameter in made.model.parameters() if parameter.requires_grad)
             result[key]["trained_parameters"] = trained
-    counted = flops(ready[group.against][1].step)
+        if cuda:
+            counted = flops(made.once)
+            floor = counted / most[DTYPES[one.precision]]
+            peak = gpu.peak_memory(made.once)
+            result[key] |= {"flops": counted, "of_peak": floor / result[key]["seconds"]["median"], "peak_bytes": peak}
+    against, made = ready[group.against]
+    found["flops"] = flops(made.once)
+    if cuda:
+        found["floor_seconds"] = found["flops"] / most[DTYPES[against.precision]]
     progress.remove_task(task)
-    return {"against": group.against, "training": group.training, "contenders": result, "failed": failed, "flops": counted}
+    return {**found, "contenders": result}
+
+
+def write(out: Path, results: dict[str, Any]) -> None:
+    """Write what has been measured so far."""
+    writing.write_whole(out / "results.json", lambda file: file.write(json.dumps(results, indent=1) + "\n"))
 
 
 def main() -> None:
     options = arguments()
     cuda = options.device != "cpu"
+    if options.graphs and not cuda:
+        raise SystemExit("--graphs is for a GPU: give --device cuda, too.")
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(options.threads)
     torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
     begun = time.monotonic()
-    console = Console(width=150, record=True)
+    console = Console(width=190 if cuda else 150, record=True)
     names = (options.shapes or ("minilm,llama,llama-1b" if cuda else "minilm,llama")).split(",")
     chosen = [
         (shape, group) for shape in names for group in groups(SHAPES[shape], options.device) if options.groups in group.name
@@ -145,14 +192,16 @@ def main() -> None:
     }
     options.out.mkdir(parents=True, exist_ok=True)
     heap = contextlib.nullcontext() if cuda or not memory.reusable() else memory.reused()
-    with heap, Progress(console=Console(stderr=True), transient=True) as progress:
+    packing = gpu.without_packing() if options.graphs else contextlib.nullcontext()
+    with heap, packing, Progress(console=Console(stderr=True), transient=True) as progress:
         for name in names:
-            backbones = Backbones(SHAPES[name], options.device)
+            backbones = Backbones(SHAPES[name], options.device, masked=not options.graphs)
             for group in (group for shape, group in chosen if shape == name):
                 seconds = total * len(group.contenders) / weight
-                found = measured(group, backbones, seconds, options, progress)
+                found = measured(group, backbones, seconds, options, progress, results["peaks"])
                 results["shapes"].setdefault(name, {})[group.name] = found
                 show(console, name, group.name, found, results["peaks"])
+                write(options.out, results)
                 gc.collect()
                 if cuda:
                     torch.cuda.empty_cache()
@@ -160,7 +209,7 @@ def main() -> None:
     results["wall_seconds"] = round(time.monotonic() - begun, 1)
     for line in results["targets"]:
         console.print(line["text"], style="green" if line["met"] else "red", highlight=False)
-    (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write(options.out, results)
     console.save_text(str(options.out / "results.txt"))
     plot(results, options.out / "results.png")
     print(f"Written to {options.out} after {results['wall_seconds']} s.")

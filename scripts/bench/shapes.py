@@ -44,18 +44,21 @@ class Shape:
         return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def _minilm(attention: str) -> nn.Module:
-    config = BertConfig(
-        hidden_size=384,
-        num_hidden_layers=6,
-        num_attention_heads=12,
-        intermediate_size=1536,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        num_labels=2,
-        attn_implementation=attention,
-    )
-    return BertForSequenceClassification(config)
+def _bert(hidden: int, layers: int) -> Callable[[str], nn.Module]:
+    def build(attention: str) -> nn.Module:
+        config = BertConfig(
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=12,
+            intermediate_size=4 * hidden,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            num_labels=2,
+            attn_implementation=attention,
+        )
+        return BertForSequenceClassification(config)
+
+    return build
 
 
 def _llama(
@@ -84,26 +87,38 @@ _LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"
 _LLAMA = (("q_proj", "v_proj"), _LLAMA_LINEARS, "model.layers.0")
 
 SHAPES = {
-    "minilm": Shape("minilm", _minilm, 32, 64, 30522, 2, *_BERT),
+    "minilm": Shape("minilm", _bert(384, 6), 32, 64, 30522, 2, *_BERT),
     "llama": Shape("llama", _llama(512, 8, 8, 4, 1408, 8192), 8, 128, 8192, 0, *_LLAMA),
     "llama-classifier": Shape(
         "llama-classifier", _llama(512, 8, 8, 4, 1408, 8192, LlamaForSequenceClassification), 8, 128, 8192, 2, *_LLAMA
     ),
     # So little that calls of operations take longer than what they compute.
-    "minilm-small": Shape("minilm-small", _minilm, 1, 16, 30522, 2, *_BERT),
+    "minilm-small": Shape("minilm-small", _bert(384, 6), 1, 16, 30522, 2, *_BERT),
     "llama-small": Shape("llama-small", _llama(512, 8, 8, 4, 1408, 8192), 1, 16, 8192, 0, *_LLAMA),
     "tiny": Shape("tiny", _llama(32, 2, 4, 2, 48, 64), 4, 8, 64, 0, *_LLAMA),  # for trying out
+    "bert-base": Shape("bert-base", _bert(768, 12), 32, 128, 30522, 2, *_BERT),
     # Large enough that a GPU is busy: 1.1 billion parameters.
     "llama-1b": Shape("llama-1b", _llama(2048, 16, 32, 8, 8192, 32000), 4, 512, 32000, 0, *_LLAMA),
 }
 
 
 class Backbones:
-    """Makes backbones of one shape that share their weights, so that many fit into memory."""
+    """Makes backbones of one shape that share their weights, so that many fit into memory.
 
-    def __init__(self, shape: Shape, device: str) -> None:
-        self.shape, self.device = shape, device
+    Args:
+        shape: The shape.
+        device: Where they are made.
+        masked: Whether batches have a mask for padding, though there is none: models look at it, for which a GPU has to wait.
+    """
+
+    def __init__(self, shape: Shape, device: str, masked: bool = True) -> None:
+        self.shape, self.device, self.masked = shape, device, masked
         self._made: dict[tuple[str, torch.dtype], nn.Module] = {}
+
+    def batch(self) -> dict[str, torch.Tensor]:
+        """Return a batch with labels, the same every time."""
+        batch = self.shape.batch(self.device)
+        return batch if self.masked else {name: tensor for name, tensor in batch.items() if name != "attention_mask"}
 
     def get(self, dtype: torch.dtype = torch.float32, attention: str = "sdpa", own: bool = False) -> Any:
         """Return a backbone, frozen; ``own``: with weights of its own, trainable."""
@@ -113,7 +128,10 @@ class Backbones:
             with torch.device(self.device):
                 self._made[key] = self.shape.build("sdpa").to(dtype).train().requires_grad_(False)
         first = self._made[key]
-        kept = {} if own else {id(tensor): tensor for tensor in (*first.parameters(), *first.buffers())}
+        kept: dict[int, torch.Tensor] = {}
+        if not own:  # parameters of its own on the same memory, as trainer.speed=auto keeps casts with them
+            kept = {id(tensor): nn.Parameter(tensor.detach(), requires_grad=False) for tensor in first.parameters()}
+            kept |= {id(tensor): tensor for tensor in first.buffers()}
         made: Any = copy.deepcopy(first, kept)
         made.set_attn_implementation(attention)
         return made.requires_grad_(True) if own else made
