@@ -115,7 +115,7 @@ class Unit:
         if len(self.modules) == 1:
             return cast_all(self.modules[0], x, DTYPE)
         weights, biases = [module.weight for module in self.modules], [module.bias for module in self.modules]
-        state = [(tensor._version, id(tensor)) for tensor in (*weights, *biases) if tensor is not None]
+        state = [(tensor._version, tensor.data_ptr(), id(tensor)) for tensor in (*weights, *biases) if tensor is not None]
         if self._weights is None or self._weights[0] != state:
             bias = None
             with torch.no_grad():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,12 @@ LORA = {
 
 
 @pytest.fixture(autouse=True)
-def _plain_products() -> None:
+def _plain_products() -> Iterator[None]:
     """Products in float32 are computed in float32."""
-    assert torch.get_float32_matmul_precision() == "highest"
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
 
 
 def made(family: str, delta_type: str = "lora", **keys: Any) -> tuple[Any, DeltaModel, dict[str, torch.Tensor]]:

@@ -195,6 +195,20 @@ def test_factors_that_change_are_cast_anew() -> None:
     check(found, step(backbone, delta_model, inputs), step(backbone, delta_model, inputs, half=False))
 
 
+def test_weights_that_are_put_elsewhere_are_cast_anew() -> None:
+    """As from the CPU onto a GPU, of which a parameter's version tells nothing."""
+    backbone, _, _ = made("llama")
+    part = backbone.model.layers[0].self_attn
+    x = torch.randn(2, 3, 16)
+    with together(backbone), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = part.k_proj(x.clone())
+        part.k_proj.weight.data = part.k_proj.weight + 1
+        after = part.k_proj(x.clone())
+    assert _distance([after], [before]) > 0.1
+    with torch.no_grad():
+        assert _distance([after], [part.k_proj(x)]) < 0.01
+
+
 def test_what_is_in_the_way_is_computed_by_the_maps(computed: list[int]) -> None:
     backbone, delta_model, inputs = made("bert", modified_modules=["attn.q", "attn.k", "attn.v"])
     query = backbone.bert.encoder.layer[0].attention.self.query
