@@ -206,7 +206,11 @@ def main() -> None:
     results: dict[str, Any] = {}
     for name in names:
         if cuda:
-            times = measured_on_gpu(name, options.device, limit, contenders, peak)
+            try:
+                times = measured_on_gpu(name, options.device, limit, contenders, peak)
+            except RuntimeError as error:  # such as a GPU's memory that does not suffice: the other shapes are measured
+                print(f"{name} could not be measured: {error}".splitlines()[0], flush=True)
+                continue
             gc.collect()
             torch.cuda.empty_cache()
         else:

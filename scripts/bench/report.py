@@ -45,7 +45,8 @@ def show(console: Console, shape: str, group: str, found: dict[str, Any], peaks:
         if found["training"]:
             row += [f"{one['saved_bytes'] / 1e6:.2f}", f"{one['trained_parameters']:,}"]
         if gpu:
-            row += [f"{one['peak_bytes'] / 1e6:.0f}", f"{one['flops'] / 1e9:.1f}", f"{one['of_peak']:.1%}"]
+            known = "flops" in one
+            row += [f"{one['peak_bytes'] / 1e6:.0f}", f"{one['flops'] / 1e9:.1f}", f"{one['of_peak']:.1%}"] if known else []
         table.add_row(*row, style="bold" if one["library"] == "deltaexp" else None)
     console.print(table)
     if gpu:

@@ -121,7 +121,7 @@ def measured(
                 step()
             steps[one.name] = step if graphs is None else graphs.captured(step)
         except Exception as error:  # a contender that another version of a library has not is no reason to measure none
-            failed[one.name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            failed[one.name] = first_line(error)
             continue
         ready[one.name] = one, made
     found: dict[str, Any] = {"against": group.against, "training": group.training, "graphs": options.graphs, "failed": failed}
@@ -132,9 +132,11 @@ def measured(
     if cuda:
         seconds -= time.monotonic() - begun
     gc.disable()
-    times = in_turns(steps, options.device, seconds, options.rounds, lambda: progress.advance(task))
-    gc.enable()
-    gc.unfreeze()
+    try:
+        times = in_turns(steps, options.device, seconds, options.rounds, lambda: progress.advance(task))
+    finally:
+        gc.enable()
+        gc.unfreeze()
     base = times[group.against]
     result = {}
     for key, (one, made) in ready.items():
@@ -151,9 +153,12 @@ def measured(
             trained = sum(parameter.numel() for parameter in made.model.parameters() if parameter.requires_grad)
             result[key]["trained_parameters"] = trained
         if cuda:
-            counted = flops(made.once)
+            try:
+                counted, peak = flops(made.once), gpu.peak_memory(made.once)
+            except RuntimeError as error:
+                failed[f"{key}: its FLOP and memory"] = first_line(error)
+                continue
             floor = counted / most[DTYPES[one.precision]]
-            peak = gpu.peak_memory(made.once)
             result[key] |= {"flops": counted, "of_peak": floor / result[key]["seconds"]["median"], "peak_bytes": peak}
     against, made = ready[group.against]
     found["flops"] = flops(made.once)
@@ -161,6 +166,11 @@ def measured(
         found["floor_seconds"] = found["flops"] / most[DTYPES[against.precision]]
     progress.remove_task(task)
     return {**found, "contenders": result}
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error is, in a line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def write(out: Path, results: dict[str, Any]) -> None:
@@ -198,7 +208,10 @@ def main() -> None:
             backbones = Backbones(SHAPES[name], options.device, masked=not options.graphs)
             for group in (group for shape, group in chosen if shape == name):
                 seconds = total * len(group.contenders) / weight
-                found = measured(group, backbones, seconds, options, progress, results["peaks"])
+                try:
+                    found = measured(group, backbones, seconds, options, progress, results["peaks"])
+                except RuntimeError as error:  # such as a GPU's memory that does not suffice: the other groups are measured
+                    found = {"contenders": {}, "failed": {f"{name}: {group.name}": first_line(error)}}
                 results["shapes"].setdefault(name, {})[group.name] = found
                 show(console, name, group.name, found, results["peaks"])
                 write(options.out, results)
