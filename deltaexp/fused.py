@@ -140,7 +140,7 @@ def _computed(module: Any, x: torch.Tensor, layers: list[tuple[Any, Rows | None]
     """Return the output of a module with the layers on it; None where the hooks have to do it."""
     weight, bias = module.weight, module.bias
     kind = x.device.type
-    cast = torch.is_autocast_enabled(kind)
+    cast = kind != "meta" and torch.is_autocast_enabled(kind)
     member = module.__dict__.get(gathered.MEMBER)
     if member is not None and cast and torch.get_autocast_dtype(kind) == gathered.DTYPE and not torch.compiler.is_compiling():
         unit, number, casts = member

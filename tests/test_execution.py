@@ -13,6 +13,7 @@ import torch.multiprocessing
 from models import FAMILIES, attach, logits, values
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers.utils import import_utils
 
 from deltaexp import registry
 from deltaexp.routing import route
@@ -40,6 +41,21 @@ def close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tol
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=tolerance, msg=name)
+
+
+@every_type
+def test_a_step_waits_for_no_value(delta_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The meta device has none: on a GPU the host would wait for the value, and the step could be no CUDA graph."""
+    monkeypatch.setattr(import_utils, "is_cuda_stream_capturing", lambda: True)  # else transformers looks into masks
+    backbone = FAMILIES["llama"].build()
+    delta_model = attach(backbone, delta_type, **KEYS.get(delta_type, {}))
+    inputs = {name: value.to("meta") for name, value in FAMILIES["llama"].inputs().items()}
+    backbone.to("meta")
+    loss, penalty = backbone(**inputs).loss, delta_model.penalty()
+    (loss if penalty is None else loss + penalty).backward()
+    found = [parameter.grad for parameter in delta_model.trainable_parameters().values()]
+    assert all(gradient is None or gradient.is_meta for gradient in found)
+    assert any(gradient is not None for gradient in found)
 
 
 @compiling
