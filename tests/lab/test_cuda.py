@@ -19,7 +19,11 @@ from deltaexp.lab import joint_step, sharing
 from deltaexp.lab.run import Outcome
 from deltaexp.lab.sweeping import record
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU"),
+    # The thread of the backward pass finds the context by itself, and tells of it once.
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS, but there was no current CUDA context"),
+]
 
 FULL = "trainer.precision=fp32"
 HALF = 0.05
