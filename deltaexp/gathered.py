@@ -17,6 +17,8 @@ factors are good for one forward pass and its backward pass: not every optimizer
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -159,6 +161,7 @@ class Casts:
         self.size = 0
         self._within = False
         self._made: tuple[bool, tuple[torch.Tensor, ...]] | None = None
+        self._taken_out: dict[tuple[bool, ...], tuple[torch.Tensor, torch.Tensor]] = {}
         for unit in units:
             downs, ups = unit.factors[::2], unit.factors[1::2]
             rank = sum(len(down) for down in downs)
@@ -192,6 +195,42 @@ class Casts:
             self._made = grad, _Cast.apply(self, *self.factors)
         return self._made[1][number], self._made[1][number + 1]
 
+    @functools.cached_property
+    def laid_out(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return where each element of the tensor of all casts is among those of all factors, and its scale.
+
+        Between the matrices, and between blocks, is what follows the last element.
+        """
+        sizes = [factor.numel() for factor in self.factors]
+        where = torch.full((self.size,), sum(sizes), dtype=torch.int32)
+        scales = torch.ones(self.size)
+        matrices = [[matrix.of(flat) for matrix in self.matrices] for flat in (where, scales)]
+        for n, numbers in enumerate(torch.arange(sum(sizes), dtype=torch.int32).split(sizes)):
+            self.piece(n, matrices[0]).copy_(numbers.view(self.factors[n].shape))
+            if n % 2:
+                self.piece(n, matrices[1]).fill_(self.scales[n // 2])
+        return where.to(self.factors[0].device), scales.to(self.factors[0].device)
+
+    def taken_out(self, turned: tuple[bool, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return where each element of all factors is among those of all matrices, and its scale.
+
+        Args:
+            turned: For every matrix, whether its columns lie one after another in memory, and not its rows.
+        """
+        if turned not in self._taken_out:
+            sizes = [math.prod(matrix.size) for matrix in self.matrices]
+            numbers = torch.arange(sum(sizes), dtype=torch.int32).split(sizes)
+            shaped = [
+                part.view(matrix.size[::-1]).T if turn else part.view(matrix.size)
+                for part, matrix, turn in zip(numbers, self.matrices, turned, strict=True)
+            ]
+            where = torch.cat([self.piece(n, shaped).reshape(-1) for n in range(len(self.factors))])
+            scales = torch.cat(
+                [torch.full((f.numel(),), self.scales[n // 2] if n % 2 else 1.0) for n, f in enumerate(self.factors)]
+            )
+            self._taken_out[turned] = where.to(self.factors[0].device), scales.to(self.factors[0].device)
+        return self._taken_out[turned]
+
     def piece(self, factor: int, matrices: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return where in the units' matrices a factor is."""
         (number, row, column), (rows, columns) = self.parts[factor], self.factors[factor].shape
@@ -205,6 +244,9 @@ class _Cast(torch.autograd.Function):
     def forward(ctx: Any, casts: Casts, *factors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.casts = casts
         ctx.set_materialize_grads(False)
+        if factors[0].is_cuda:
+            flat = _laid_out(casts, factors)
+            return tuple(matrix.of(flat) for matrix in casts.matrices)
         flat = factors[0].new_zeros(casts.size, dtype=DTYPE)
         matrices = tuple(matrix.of(flat) for matrix in casts.matrices)
         scaled = [*factors]
@@ -216,6 +258,8 @@ class _Cast(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         casts, needs = ctx.casts, ctx.needs_input_grad[1:]
+        if gradients[0] is not None and gradients[0].is_cuda and all(needs) and all(one is not None for one in gradients):
+            return None, *_taken_out(casts, gradients)
         found: list[torch.Tensor | None] = [None] * len(casts.factors)
         there = [n for n, (matrix, _, _) in enumerate(casts.parts) if gradients[matrix] is not None and needs[n]]
         made = [torch.empty_like(casts.factors[n]) for n in there]
@@ -225,6 +269,23 @@ class _Cast(torch.autograd.Function):
         for n, one in zip(there, made, strict=True):
             found[n] = one
         return None, *found
+
+
+def _laid_out(casts: Casts, factors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the tensor of all casts, made in few operations, however many factors there are, as suits a GPU."""
+    where, scales = casts.laid_out
+    together = torch.cat([*(factor.reshape(-1) for factor in factors), factors[0].new_zeros(1)])
+    return torch.mul(together.index_select(0, where), scales, out=together.new_empty(casts.size, dtype=DTYPE))
+
+
+def _taken_out(casts: Casts, gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the gradients of all factors from those of the matrices, in few operations."""
+    turned = tuple(not one.is_contiguous() for one in gradients)
+    where, scales = casts.taken_out(turned)
+    flat = [(one.T if turn else one).reshape(-1) for one, turn in zip(gradients, turned, strict=True)]
+    found = torch.cat(flat).index_select(0, where) * scales
+    parts = found.split([factor.numel() for factor in casts.factors])
+    return [part.view(factor.shape) for part, factor in zip(parts, casts.factors, strict=True)]
 
 
 @contextlib.contextmanager

@@ -27,10 +27,13 @@ import torch
 from torch import nn
 
 from deltaexp.shared_input import InputGradient
+from deltaexp.speed import settings
 
 functional = nn.functional
 SMALL = 1 << 18
-"""Elements of ``x`` and ``h`` together below which passes over them cost less than calling a function in Python."""
+"""Elements of ``x`` and ``h`` together below which passes over them cost less than calling a function in Python, on the CPU."""
+ON_GPU = 64
+"""By how much that is multiplied on a GPU."""
 LARGE, ROWS = 1 << 21, 256
 """Elements in bfloat16 that no longer fit into the cache of a core, and rows of them that do."""
 ADDS_BIAS = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -175,7 +178,8 @@ def _product(g: torch.Tensor, weight: torch.Tensor, gradient: InputGradient | No
 
 def small(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Say whether input and output of a map are so small that PyTorch's own operations are faster than a function here."""
-    return x.shape[:-1].numel() * sum(weight.shape) < SMALL and not torch.compiler.is_compiling()
+    limit = SMALL if x.device.type == "cpu" else SMALL * ON_GPU
+    return x.shape[:-1].numel() * sum(weight.shape) < limit and not settings.recorded and not torch.compiler.is_compiling()
 
 
 def simple(weight: torch.Tensor, updates: tuple[Update, ...], factors: Sequence[torch.Tensor]) -> bool:

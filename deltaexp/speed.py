@@ -23,6 +23,8 @@ class Speed:
     delta_in_backbone_dtype: bool = False
     """Cast a delta's low-rank factors to the dtype of a backbone in half precision, in place of casting its activations to
     float32. The parameters that are trained stay float32. Without it, half of the time of a step may go into casts."""
+    recorded: bool = False
+    """Operations are recorded, to be replayed: what counts is how long they take, however long it takes to call them."""
 
 
 settings = Speed()

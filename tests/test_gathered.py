@@ -284,3 +284,23 @@ def test_frozen_factors_and_those_that_nobody_used_have_no_gradient() -> None:
         step(backbone, delta_model, inputs)
     assert frozen.grad is None
     assert all(parameter.grad is not None for parameter in trained.values() if parameter is not frozen)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_what_a_gpu_does_in_few_operations(family: str, turned: bool) -> None:
+    """All factors are laid out, and their gradients taken out, as one by one, to the last bit."""
+    backbone, *_ = made(family)
+    with kept(backbone), gathered.applied(backbone) as units:
+        casts = gathered.Casts(units)
+        expected = gathered._Cast.apply(casts, *casts.factors)
+        with torch.no_grad():
+            flat = gathered._laid_out(casts, casts.factors)
+        for matrix, one in zip(casts.matrices, expected, strict=True):
+            assert torch.equal(matrix.of(flat), one)
+        gradients = [torch.randn(one.shape).to(one.dtype) for one in expected]
+        if turned:
+            gradients[1::2] = [one.T.contiguous().T for one in gradients[1::2]]
+        plainly = torch.autograd.grad(expected, casts.factors, gradients)
+        for _ in range(2):
+            assert all(map(torch.equal, gathered._taken_out(casts, gradients), plainly))

@@ -26,6 +26,8 @@ import torch
 from torch import nn
 from transformers.utils import import_utils
 
+from deltaexp import speed
+
 Batch = Mapping[str, torch.Tensor]
 LENGTHS = 16
 """Lengths of texts are padded to multiples of this."""
@@ -266,13 +268,14 @@ class StepGraphs:
         """Record the steps of a shape, or replay them, and say whether they come to what is computed plainly."""
         drawn, own = self.recorder.random_state(), _random_state()
         try:
-            with _as_recorded(), self.recorder.aside():
-                expected = self._computed(graph)
-            if not _same_state(own, _random_state()):
-                raise Unfit("random numbers are drawn on the CPU")
-            self.recorder.set_random_state(drawn)
-            if graph.replay is None:
-                self._record(graph)
+            with _as_recorded():
+                with self.recorder.aside():
+                    expected = self._computed(graph)
+                if not _same_state(own, _random_state()):
+                    raise Unfit("random numbers are drawn on the CPU")
+                self.recorder.set_random_state(drawn)
+                if graph.replay is None:
+                    self._record(graph)
             graph.replay()  # type: ignore[misc]
             found = [graph.loss, *(self._gradients[number] for number in self._used or ())]
             if _differ(found, expected):
@@ -332,11 +335,12 @@ class StepGraphs:
 
 @contextlib.contextmanager
 def _as_recorded() -> Iterator[None]:
-    """Within this context transformers takes the ways that it takes while a graph is recorded, for masks for instance."""
+    """Within this context is computed as while a graph is recorded, where transformers makes masks in other ways."""
     own = import_utils.is_cuda_stream_capturing
     import_utils.is_cuda_stream_capturing = lambda: True
     try:
-        yield
+        with speed.configured(recorded=True):
+            yield
     finally:
         import_utils.is_cuda_stream_capturing = own
 

@@ -11,7 +11,7 @@ import torch
 
 from deltaexp.frozen import TOKENS
 from deltaexp.lab.config import RunConfig
-from deltaexp.lab.graphs import KEPT, Batch, Padding, StepGraphs
+from deltaexp.lab.graphs import KEPT, LENGTHS, Batch, Padding, StepGraphs
 from deltaexp.lab.tasks.kinds.base import IGNORED
 from deltaexp.registry import DeltaConfig
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 WORK = 2**42
 """Parameters times tokens of a batch from which a GPU computes for longer than the CPU needs to begin its operations."""
+MANY = 1 << 30
+"""Positions of a model that has no table of them."""
 PATCHES = 256
 """Tokens that an input counts for that is no text, such as an image."""
 TOLERANCE = 0.02
@@ -89,10 +91,10 @@ class Replays:
         if type(delta.config).after_step is not DeltaConfig.after_step:
             self.told = f"{delta.config.delta_type} changes its layers while training"
             return
-        lengths = trainer.splits["train"].lengths or [0]
-        pad = getattr(getattr(trainer.kind, "processor", None), "pad_token_id", None)
-        longest = (0, 0) if pad is None else (max(lengths), target)
-        padding = Padding(pad or 0, IGNORED, *longest)
+        lengths, pad = trainer.splits["train"].lengths, getattr(getattr(trainer.kind, "processor", None), "pad_token_id", None)
+        padding = None
+        if lengths and pad is not None:
+            padding = Padding(pad, IGNORED, self._longest(max(lengths)), self._longest(target))
         self.steps = StepGraphs(self._loss, list(delta.trainable_parameters().values()), padding=padding)
 
     def step(self, inputs: Batch, weight: torch.Tensor | None) -> torch.Tensor | None:
@@ -118,6 +120,11 @@ class Replays:
         """Return what was replayed, for JSON."""
         steps = self.steps
         return {"shapes": steps.shapes if steps else 0, "replayed": steps.replayed if steps else 0, "told": self.told}
+
+    def _longest(self, length: int) -> int:
+        """Return the length up to which texts are padded: the longest one's, rounded up where there are positions for it."""
+        own = getattr(self.model.config, "text_config", None) or self.model.config
+        return max(length, min(-(-length // LENGTHS) * LENGTHS, getattr(own, "max_position_embeddings", None) or MANY))
 
     def _work(self, inputs: Batch) -> int:
         """Return parameters times tokens of a batch."""
