@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import small
@@ -51,6 +52,15 @@ def logged(outcome: Outcome) -> list[float]:
     return found
 
 
+def check_replays(results: dict[str, Any]) -> None:
+    """Check that all steps were CUDA graphs, where these are chosen."""
+    if results["speed"]["asked"] == "auto":
+        replays = results["speed"]["replays"]
+        assert results["speed"]["cuda_graphs"]
+        assert replays["told"] is None, replays
+        assert replays["replayed"] == results["steps"]
+
+
 @pytest.mark.parametrize("words", [[], [FULL], ["trainer.speed=auto"], ["trainer.speed=auto", FULL]], ids=str)
 def test_a_run(words: list[str], exact: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the command line, on the embedded backbone; the delta is measured again, and verified."""
@@ -61,6 +71,7 @@ def test_a_run(words: list[str], exact: Outcome, tmp_path: Path, monkeypatch: py
     assert results["verification"]["hash"] == "match"
     assert results["peak_memory_bytes"]["cuda"] > 0
     assert results["base_sha256"] == exact.results["base_sha256"]
+    check_replays(results)
     found = [entry["loss"] for entry in results["training_log"] if "loss" in entry]
     assert found == pytest.approx(logged(exact), rel=1e-3 if FULL in words else HALF)
     assert main(["verify", "gpu/delta"]) == 0
@@ -92,6 +103,7 @@ def test_heads(kind: str, speed: str, calm: Path, tmp_path: Path) -> None:
     words += ["trainer=smoke", "trainer.max_steps=9", FULL, f"trainer.speed={speed}", "lora_dropout=0"]
     exact, found = go(tmp_path / "cpu", *words, "trainer.cpu=true"), go(tmp_path / "gpu", *words)
     assert logged(found) == pytest.approx(logged(exact), rel=1e-3)
+    check_replays(found.results)
     told = found.results["shortcuts"]
     for name in ("frozen_blocks", "while_training", "kept_activations", "last_block"):
         assert told[name] == exact.results["shortcuts"][name], told["told"]
