@@ -75,6 +75,7 @@ def build(
     warmup = _warmup(config, steps) if rows else 0
     metric = config.metric or kind.metric
     every = config.eval_every or (max(1, steps // 10) if best else None)
+    pinned = torch.cuda.is_available() and not config.cpu
     return TrainingArguments(
         output_dir=str(saved.folder),
         max_steps=steps,
@@ -107,7 +108,9 @@ def build(
         report_to="none",
         disable_tqdm=not config.progress,
         remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available() and not config.cpu,
+        dataloader_pin_memory=pinned,
+        # Else a batch is copied to the GPU only once that has done all that it was given before.
+        accelerator_config={"non_blocking": pinned},
         label_smoothing_factor=config.label_smoothing,
         torch_compile=config.compile,
         optim=OPTIMIZERS[config.optimizer],

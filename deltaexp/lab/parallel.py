@@ -143,7 +143,7 @@ class ParallelTrainer(Trainer):
         """Return how many labels of a batch count in the mean that is its loss."""
         labels = batch.get("labels")
         if labels is None or labels.is_floating_point():
-            return torch.tensor(find_batch_size(batch), device=self.args.device)
+            return torch.full((), find_batch_size(batch), device=self.args.device)
         return (labels[..., 1:] if self.shifted else labels).ne(IGNORED).sum().to(self.args.device)
 
     def weighted(self, loss: torch.Tensor) -> torch.Tensor:

@@ -13,10 +13,11 @@ from test_joint import QUIET, TOGETHER, close, team, with_head
 from test_joint import go as go_as
 from test_recovery import SMALL, go, losses
 from test_speeding import interrupted
+from transformers import TrainerCallback
 
 from deltaexp.__main__ import main
 from deltaexp.checkpoint import WEIGHTS
-from deltaexp.lab import joint_step, sharing
+from deltaexp.lab import joint_step, sharing, training
 from deltaexp.lab.run import Outcome
 from deltaexp.lab.sweeping import record
 
@@ -109,6 +110,43 @@ def test_heads(kind: str, speed: str, calm: Path, tmp_path: Path) -> None:
         assert told[name] == exact.results["shortcuts"][name], told["told"]
     assert told["while_training"]
     assert (told["last_block"] == "first token") == (kind != "tokens")
+
+
+class Watch(TrainerCallback):
+    """Has whatever lets the host wait for the GPU raise, from the beginning of one step to the end of another."""
+
+    def __init__(self, first: int, last: int) -> None:
+        self.first, self.last, self.seen = first, last, 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.first:
+            torch.cuda.set_sync_debug_mode("error")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.seen += torch.cuda.get_sync_debug_mode() == 2
+        if state.global_step == self.last:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_the_host_runs_ahead(calm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once its steps are replayed, nothing of a run waits for the GPU but what logs, evaluates and saves."""
+    words = ["backbone=local", f"backbone.source={calm}", *with_head("classification", tmp_path), "delta_type=lora"]
+    words += ["trainer=smoke", "trainer.max_steps=12", "trainer.log_every=100", "trainer.save_every=0", "trainer.speed=auto"]
+    watch, build = Watch(6, 10), training.build
+
+    def watched(*arguments: Any) -> Any:
+        trainer = build(*arguments)
+        trainer.add_callback(watch)
+        return trainer
+
+    monkeypatch.setattr(training, "build", watched)
+    try:
+        found = go(tmp_path / "run", *words, "trainer.progress=false")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    check_replays(found.results)
+    assert watch.seen == 4
 
 
 @pytest.mark.parametrize("words", [[], ["trainer.speed=auto"], [FULL, "trainer.gradient_accumulation_steps=2"]], ids=str)
