@@ -133,7 +133,7 @@ def test_the_host_runs_ahead(calm: Path, tmp_path: Path, monkeypatch: pytest.Mon
     """Once its steps are replayed, nothing of a run waits for the GPU but what logs, evaluates and saves."""
     words = ["backbone=local", f"backbone.source={calm}", *with_head("classification", tmp_path), "delta_type=lora"]
     words += ["trainer=smoke", "trainer.max_steps=12", "trainer.log_every=100", "trainer.save_every=0", "trainer.speed=auto"]
-    watch, build = Watch(6, 10), training.build
+    watch, build = Watch(3, 7), training.build
 
     def watched(*arguments: Any) -> Any:
         trainer = build(*arguments)
