@@ -131,7 +131,9 @@ def computed(config: RunConfig, drawn: Blueprint, device: str) -> Choice:
     """
     trainer = dataclasses.replace(config.trainer, cpu=device == "cpu")
     if device == "gpu":
-        return Choice(dataclasses.replace(trainer, precision="bf16") if trainer.precision == "auto" else trainer)
+        trainer = dataclasses.replace(trainer, precision="bf16") if trainer.precision == "auto" else trainer
+        plain = trainer.speed == "off" or drawn.packed
+        return Choice(trainer) if plain else speeding.on_gpu(trainer, config, drawn.model, memory=None)
     if trainer.precision == "fp16":
         return Choice(dataclasses.replace(trainer, precision="fp32"))  # a CPU does not train in it
     if drawn.packed:
@@ -175,9 +177,10 @@ def find(config: RunConfig, delta_model: DeltaModel, drawn: Blueprint, sizes: Ma
         for device in estimate.DEVICES:
             choice = computed(config, drawn, device)
             if choice.reasons:
-                found.remarks.append(
-                    f"speed={trainer.speed} on the {device.upper()} of this machine: {'; '.join(choice.reasons)}."
-                )
+                where = "a GPU" if device == "gpu" else "the CPU of this machine"
+                found.remarks.append(f"speed={trainer.speed} on {where}: {'; '.join(choice.reasons)}.")
+            if choice.graphs:
+                found.remarks.append("While CUDA graphs are tried out on a GPU, they hold the activations of a step once more.")
             kind = choice.trainer.precision
             how = Execution(device, AUTOCAST[kind], trainer.gradient_accumulation_steps, trainer.max_grad_norm)
             with speeding.applied(dataclasses.replace(choice, memory=False), model):

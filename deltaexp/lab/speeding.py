@@ -84,41 +84,41 @@ def choose(config: RunConfig, model: Any) -> Choice:
     if processes.count() > 1 or quantised.names(model):
         what = "several processes" if processes.count() > 1 else "a quantised backbone"
         return Choice(trainer, reasons=(f"nothing is chosen for {what}: all is as with trainer.speed=off",))
-    gpu = torch.cuda.is_available() and not trainer.cpu
-    reasons: list[str] = []
-    casts = attention = graphs = kept = False
-    if gpu:
-        reasons.append(f"{trainer.precision} and attention as with trainer.speed=off, which are for a GPU already")
-        casts, graphs = _on_gpu(config, trainer, model, reasons)
-    else:
-        trainer, precision = _precision(config, trainer, model)
-        reasons.append(precision)
-        if trainer.precision == "bf16" and trainer.compile:
-            reasons.append("casts and attention left to torch.compile")
-        elif trainer.precision == "bf16":
-            casts = True
-            reasons.append("frozen weights are cast once, and low-rank updates gathered")
-            attention = config.backbone.attention is None and getattr(model.config, "_attn_implementation", None) == "sdpa"
-            if attention:
-                reasons.append("attention by plain products (sdpa's backward pass is slow in bf16)")
-            elif config.backbone.attention:
-                reasons.append(f"attention {config.backbone.attention}, as set")
-        kept = memory.reusable()
-        if kept:
-            reasons.append("freed memory is kept for the next step")
-    if trainer.optimizer == "adamw":
-        trainer = dataclasses.replace(trainer, optimizer="adamw_fused")
-        reasons.append("AdamW fused, the same to rounding")
-    return Choice(trainer, casts, attention, graphs, kept, tuple(reasons))
+    if torch.cuda.is_available() and not trainer.cpu:
+        return on_gpu(trainer, config, model, torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+    trainer, precision = _precision(config, trainer, model)
+    reasons = [precision]
+    casts = attention = False
+    if trainer.precision == "bf16" and trainer.compile:
+        reasons.append("casts and attention left to torch.compile")
+    elif trainer.precision == "bf16":
+        casts = True
+        reasons.append("frozen weights are cast once, and low-rank updates gathered")
+        attention = config.backbone.attention is None and getattr(model.config, "_attn_implementation", None) == "sdpa"
+        if attention:
+            reasons.append("attention by plain products (sdpa's backward pass is slow in bf16)")
+        elif config.backbone.attention:
+            reasons.append(f"attention {config.backbone.attention}, as set")
+    kept = memory.reusable()
+    if kept:
+        reasons.append("freed memory is kept for the next step")
+    return _with_optimizer(Choice(trainer, casts, attention, memory=kept, reasons=tuple(reasons)))
 
 
-def _on_gpu(config: RunConfig, trainer: TrainerConfig, model: Any, reasons: list[str]) -> tuple[bool, bool]:
-    """Return whether casts are kept on a GPU, and whether steps are replayed, and add the reasons."""
+def on_gpu(trainer: TrainerConfig, config: RunConfig, model: Any, memory: int | None) -> Choice:
+    """Return how a run computes on a GPU.
+
+    Args:
+        trainer: Its section ``trainer``, with the precision.
+        config: Its config.
+        model: Its backbone.
+        memory: The bytes that the GPU has; None where that is not known, and taken to be enough.
+    """
+    reasons = [f"{trainer.precision} and attention as with trainer.speed=off, which are for a GPU already"]
     casts = False
     if trainer.precision == "bf16" and not trainer.compile:
-        memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         taken = sum(parameter.numel() for parameter in model.parameters()) * torch.bfloat16.itemsize
-        casts = taken * SHARE <= memory
+        casts = memory is None or taken * SHARE <= memory
         if casts:
             reasons.append("frozen weights are cast once, and low-rank updates gathered")
         else:
@@ -126,7 +126,15 @@ def _on_gpu(config: RunConfig, trainer: TrainerConfig, model: Any, reasons: list
     why = "fp16 scales the loss by what it finds" if trainer.precision == "fp16" else replaying.refused(config)
     small = "steps of small batches are CUDA graphs, begun by one call"
     reasons.append(small if why is None else f"no CUDA graphs: {why}")
-    return casts, why is None
+    return _with_optimizer(Choice(trainer, casts, graphs=why is None, reasons=tuple(reasons)))
+
+
+def _with_optimizer(choice: Choice) -> Choice:
+    """Return a choice with the fastest optimizer of the same kind."""
+    if choice.trainer.optimizer != "adamw":
+        return choice
+    trainer = dataclasses.replace(choice.trainer, optimizer="adamw_fused")
+    return dataclasses.replace(choice, trainer=trainer, reasons=(*choice.reasons, "AdamW fused, the same to rounding"))
 
 
 def _precision(config: RunConfig, trainer: TrainerConfig, model: Any) -> tuple[TrainerConfig, str]:
