@@ -16,7 +16,7 @@ from torch.utils.data import Sampler
 
 from deltaexp.checkpoint import WEIGHTS
 from deltaexp.errors import ConfigError, DamagedFileError, RunError, listing, unknown
-from deltaexp.lab import arguments, checkpoints, optimizers, processes, quantisation, sharding, smoothing
+from deltaexp.lab import arguments, checkpoints, kernels, optimizers, processes, quantisation, sharding, smoothing
 from deltaexp.lab.callbacks import CheckpointCallback, LossCallback, StepCallback
 from deltaexp.lab.checkpoints import Checkpoints
 from deltaexp.lab.config import TrainerConfig
@@ -308,7 +308,7 @@ class DeltaTrainer(ParallelTrainer):
     ) -> tuple[Any, Any, Any]:
         """Have the kind of task predict a batch; in the place of labels the rows' numbers are returned."""
         batch = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad(), kernels.of_any_length(self.args.device), self.compute_loss_context_manager():
             loss, predictions = self.kind.predict(model, batch)
         if loss is not None:
             # The Trainer takes the mean over all batches: each is to count in it as its rows do.
