@@ -89,6 +89,7 @@ CONTENDERS: dict[str, Callable[[Backbones], Prepared]] = {
     "auto, bf16 weights, one token": partial(shortened, dtype=BF16),
 }
 ON_GPU: dict[str, dict[str, Any]] = {"PEFT, bf16 adapters": HALF, "PEFT, autocast": {"autocast": True}}
+GPU_SHAPES = "minilm,bert-base,llama,llama-1b,llama-8b-blocks"
 COMPILED = "PEFT, bf16 adapters, torch.compile"
 GPU_CONTENDERS: dict[str, Callable[[Backbones], Prepared]] = {
     DEFAULT: theirs,
@@ -190,13 +191,13 @@ def _under(precision: str, step: Callable[[], Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu, or cuda")
-    parser.add_argument("--shapes", help="by default minilm,llama; on a GPU minilm,bert-base,llama,llama-1b")
+    parser.add_argument("--shapes", help=f"by default minilm,llama; on a GPU {GPU_SHAPES}")
     parser.add_argument("--seconds", type=float, help="for all measuring; by default 240, on a GPU 45 with getting ready")
     parser.add_argument("--compile", action="store_true", help="on a GPU, measure PEFT with torch.compile, too")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     cuda = options.device != "cpu"
-    names = (options.shapes or ("minilm,bert-base,llama,llama-1b" if cuda else "minilm,llama")).split(",")
+    names = (options.shapes or (GPU_SHAPES if cuda else "minilm,llama")).split(",")
     limit = (options.seconds or (45 if cuda else 240)) / len(names)
     contenders = [name for name in GPU_CONTENDERS if options.compile or name != COMPILED]
     if cuda:

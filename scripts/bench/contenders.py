@@ -323,7 +323,7 @@ def inference(precision: str) -> Group:
 
 def groups(shape: Shape, device: str) -> Iterator[Group]:
     """Return what is measured of a shape."""
-    large = shape.name == "llama-1b"  # in float32 it would only take time
+    large = shape.name in ("llama-1b", "llama-8b-blocks")  # in float32 it would only take time
     if not large:
         yield training_fp32()
     low = training_bf16(device)

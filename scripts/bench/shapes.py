@@ -99,6 +99,8 @@ SHAPES = {
     "bert-base": Shape("bert-base", _bert(768, 12), 32, 128, 30522, 2, *_BERT),
     # Large enough that a GPU is busy: 1.1 billion parameters.
     "llama-1b": Shape("llama-1b", _llama(2048, 16, 32, 8, 8192, 32000), 4, 512, 32000, 0, *_LLAMA),
+    # Four blocks of a model of 8 billion parameters: a GPU computes for longer than it takes to call the operations.
+    "llama-8b-blocks": Shape("llama-8b-blocks", _llama(4096, 4, 32, 8, 14336, 32000), 4, 1024, 32000, 0, *_LLAMA),
 }
 
 
