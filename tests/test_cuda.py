@@ -163,10 +163,13 @@ def in_half(backbone: Any, delta_model: DeltaModel, inputs: dict[str, torch.Tens
 
 
 def no_further(found: list[torch.Tensor], plain: list[torch.Tensor], exact: list[torch.Tensor]) -> None:
-    """Check that numbers are about as far from the exact ones as those of plain autocast."""
+    """Check that numbers are about as far from the exact ones as those of plain autocast.
+
+    Of so few numbers that varies: of 40 draws on the CPU it was 0.15 to 3 times as far, in the middle 0.8.
+    """
     assert [tensor.dtype for tensor in found] == [tensor.dtype for tensor in plain]
     for part in (slice(1), slice(1, None)):
-        assert distance(found[part], exact[part]) <= 2 * distance(plain[part], exact[part]) <= 0.8
+        assert distance(found[part], exact[part]) <= 4 * distance(plain[part], exact[part]) <= 1.6
 
 
 @pytest.mark.parametrize("small", [0, SMALL])

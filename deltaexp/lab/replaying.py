@@ -103,7 +103,9 @@ class Replays:
             return None
         extra = {} if weight is None else {WEIGHT: weight}
         if self.shortcut is not None:
-            known = self.shortcut.known({name: inputs[name] for name in (*TOKENS, "attention_mask") if name in inputs})
+            # Of rows that are several texts, such as a question with each of its answers, the model makes as many rows.
+            texts = {name: inputs[name].flatten(0, -2) for name in (*TOKENS, "attention_mask") if name in inputs}
+            known = self.shortcut.known(texts)
             if known is None:
                 return None
             extra[KEPT] = known

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small
 import torch
+from test_joint import QUIET, with_head
 from test_recovery import SMALL, go, losses
 from torch import nn
 from torch.nn import functional
@@ -244,6 +246,19 @@ def test_a_run_whose_steps_are_replayed(on_cpu: None, tmp_path: Path, words: lis
     assert len(logged[0]) > 1
     assert logged[0] == pytest.approx(logged[1], rel=1e-3)
     assert found.results["shortcuts"]["told"] == plain.results["shortcuts"]["told"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["classification", "choices"])
+def test_kept_activations_are_part_of_the_batch(on_cpu: None, tmp_path: Path, kind: str) -> None:
+    source = small.bert(tmp_path / "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    words = ["backbone=local", f"backbone.source={source}", *with_head(kind, tmp_path), "layers=last:1", "delta_type=lora"]
+    words += [*QUIET, "trainer=smoke", "trainer.max_steps=9", "lora_dropout=0", "trainer.cpu=true"]
+    plain, found = go(tmp_path / "plain", *words), go(tmp_path / "replayed", *words, "trainer.speed=auto")
+    assert found.results["shortcuts"]["while_training"]
+    assert found.results["speed"]["replays"]["replayed"] == 9
+    logged = [[entry["loss"] for entry in losses(outcome) if "loss" in entry] for outcome in (found, plain)]
+    assert logged[0] == pytest.approx(logged[1], rel=1e-3)
 
 
 @pytest.mark.slow
