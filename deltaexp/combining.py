@@ -157,7 +157,7 @@ def dropped(task: torch.Tensor, density: float, generator: torch.Generator) -> t
     """Return a tensor of which each element is kept with probability ``density`` and divided by it, and zero otherwise."""
     if density >= 1:
         return task
-    mask = torch.bernoulli(torch.full(task.shape, density), generator=generator)
+    mask = torch.bernoulli(torch.full(task.shape, density, device="cpu"), generator=generator)
     return task * mask.to(task) / density
 
 

@@ -224,7 +224,7 @@ def _probe(module: nn.Module) -> torch.Tensor:
         convolution: Any = module
         reach = (1 + d * (k - 1) for d, k in zip(convolution.dilation, convolution.kernel_size, strict=True))
         shape = (2, convolution.in_channels, *(size + 3 for size in reach))
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")
     return x.to(weight.device, weight.dtype)
 
 

@@ -549,3 +549,12 @@ def test_a_merged_backbone_is_an_ordinary_checkpoint(tmp_path: Path) -> None:
     generated = backbone.generate(inputs["input_ids"], max_new_tokens=4, do_sample=False)
     delta_model.unmerge()
     assert torch.equal(backbone.generate(inputs["input_ids"], max_new_tokens=4, do_sample=False), generated)
+
+
+def test_another_default_device_changes_nothing() -> None:
+    backbone = FAMILIES["llama"].build()
+    delta_model = attach(backbone, "lora")
+    before = logits(backbone, FAMILIES["llama"].inputs())
+    with torch.device("meta"):
+        delta_model.merge()
+    torch.testing.assert_close(logits(backbone, FAMILIES["llama"].inputs()), before, rtol=0, atol=1e-4)

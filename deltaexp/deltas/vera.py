@@ -121,6 +121,7 @@ class VeraProjection(Layer):
         for name, shape in {"vera_A": (rank, in_dim), "vera_B": (out_dim, rank)}.items():
             matrix = torch.empty(shape)
             if not matrix.is_meta:
+                matrix = torch.empty(shape, device="cpu")  # where the generator is, whatever the default device
                 nn.init.kaiming_uniform_(matrix, generator=generator)
             # Not in the backbone's state dict, where safetensors would refuse one tensor under many names.
             self.register_buffer(name, matrix, persistent=False)

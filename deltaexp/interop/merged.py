@@ -80,7 +80,7 @@ def _sample(backbone: Any) -> dict[str, torch.Tensor] | None:
         return None
     like: nn.Parameter = next(backbone.parameters())
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1, size, (2, 8), generator=generator).to(like.device)
+    ids = torch.randint(1, size, (2, 8), generator=generator, device="cpu").to(like.device)
     if getattr(settings, "pad_token_id", None) is not None:
         ids[ids == settings.pad_token_id] = (settings.pad_token_id + 1) % size
     sample = {"input_ids": ids}

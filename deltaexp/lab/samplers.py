@@ -40,7 +40,7 @@ class EpochSampler(Sampler):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch())
         if type(self.sampler) is RandomSampler:  # which would make a list of Python's numbers of its permutation
-            for part in torch.randperm(len(self.sampler), generator=generator).split(PART):
+            for part in torch.randperm(len(self.sampler), generator=generator, device="cpu").split(PART):
                 yield from part.tolist()
             return
         self.sampler.generator = generator

@@ -333,13 +333,22 @@ class Shortcuts:
             "settings": self.model.config.to_json_string(use_diff=False),
             "attention": self.model.config._attn_implementation,
             "depth": found.depth,
-            "precision": [str(self._dtype), str(self._mixed), torch.get_float32_matmul_precision()],
+            "precision": [str(self._dtype), str(self._mixed), _of_products()],
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "threads": torch.get_num_threads(),
             "speed": [self.config.trainer.speed, dataclasses.asdict(speed.settings)],
             "versions": [torch.__version__, transformers.__version__],
             "code": inspect.getsource(frozen) + inspect.getsource(activations),
         }
+
+
+def _of_products() -> str:
+    """Return the precision of products in float32."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set for single backends
+        backends: Any = (torch.backends.cuda, torch.backends.mkldnn)
+        return ", ".join(backend.matmul.fp32_precision for backend in backends)
 
 
 def _first_line(error: Exception) -> str:
