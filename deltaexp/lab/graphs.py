@@ -125,7 +125,8 @@ class Padding:
 
     def values(self, inputs: Batch) -> dict[str, float] | None:
         """Return what every input is padded with, but those that have no length; None where a batch cannot be padded."""
-        if "input_ids" not in inputs or "attention_mask" not in inputs or not self.source:
+        # Where the answer is a place in the text, padding would be places, too.
+        if not {"input_ids", "attention_mask"} <= inputs.keys() or "start_positions" in inputs or not self.source:
             return None
         known = {"input_ids": self.token, "decoder_input_ids": self.token, "labels": self.ignored}
         known |= dict.fromkeys(("attention_mask", "token_type_ids", "position_ids", "decoder_attention_mask", KEPT), 0)
@@ -280,7 +281,7 @@ class StepGraphs:
             found = [graph.loss, *(self._gradients[number] for number in self._used or ())]
             if _differ(found, expected):
                 raise Unfit("what is replayed differs from what is computed")
-        except (Unfit, RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+        except Exception as error:  # whatever a model's code raises while it is recorded, it may well be computed
             self.refused = str(error) if isinstance(error, Unfit) else f"steps cannot be recorded ({_first_line(error)})"
             self._graphs.clear()
             _set_random_state(own)

@@ -21,11 +21,9 @@ if TYPE_CHECKING:
 
 WORK = 2**42
 """Parameters times tokens of a batch from which a GPU computes for longer than the CPU needs to begin its operations."""
-MANY = 1 << 30
-"""Positions of a model that has no table of them."""
 PATCHES = 256
 """Tokens that an input counts for that is no text, such as an image."""
-TOLERANCE = 0.02
+TOLERANCE = 0.005
 """By how much the loss of a batch may differ with padding, by the rounding of half precision."""
 WEIGHT = "weight of the batch"
 """The input that stands for what the loss of a batch counts."""
@@ -63,6 +61,7 @@ def replayed(wanted: bool, trainer: DeltaTrainer, short: Shortcuts, target: int,
     finally:
         trainer.replays = None
         facts |= replays.facts()
+        replays.steps = None  # what was recorded holds memory of the GPU
         why = f"; not all, as {facts['told']}" if facts["told"] else ""
         console.print(f"  CUDA graphs: {facts['replayed']:,} batches replayed, of {facts['shapes']} shapes{why}", markup=False)
 
@@ -85,6 +84,10 @@ class Replays:
         self._size = sum(parameter.numel() for parameter in self.model.parameters())
         self._checked = False
         delta = trainer.delta_model
+        parameters = list(delta.trainable_parameters().values())
+        if not parameters:
+            self.told = "nothing is trained"
+            return
         if trainer.args.n_gpu > 1:
             self.told = "several GPUs share a batch"
             return
@@ -95,11 +98,14 @@ class Replays:
         padding = None
         if lengths and pad is not None:
             padding = Padding(pad, IGNORED, self._longest(max(lengths)), self._longest(target))
-        self.steps = StepGraphs(self._loss, list(delta.trainable_parameters().values()), padding=padding)
+        self.steps = StepGraphs(self._loss, parameters, padding=padding)
 
     def step(self, inputs: Batch, weight: torch.Tensor | None) -> torch.Tensor | None:
         """Return the loss of a batch, with its gradients added to those of the parameters; None where it is not replayed."""
-        if self.steps is None or self._work(inputs) > WORK:
+        if self.steps is None:
+            return None
+        if self._work(inputs) > WORK:
+            self.told = "large batches keep the GPU busy by themselves"
             return None
         extra = {} if weight is None else {WEIGHT: weight}
         if self.shortcut is not None:
@@ -107,6 +113,7 @@ class Replays:
             texts = {name: inputs[name].flatten(0, -2) for name in (*TOKENS, "attention_mask") if name in inputs}
             known = self.shortcut.known(texts)
             if known is None:
+                self.told = "there are texts of which no activations are kept"
                 return None
             extra[KEPT] = known
         padding = self.steps.padding
@@ -115,7 +122,7 @@ class Replays:
             if not self._pads_alike(inputs, padding):
                 self.steps.padding = None
         found = self.steps.step({**inputs, **extra}, self.trainer.current_gradient_accumulation_steps)
-        self.told = self.steps.refused
+        self.told = self.steps.refused or self.told
         return found
 
     def facts(self) -> dict[str, Any]:
@@ -124,9 +131,10 @@ class Replays:
         return {"shapes": steps.shapes if steps else 0, "replayed": steps.replayed if steps else 0, "told": self.told}
 
     def _longest(self, length: int) -> int:
-        """Return the length up to which texts are padded: the longest one's, rounded up where there are positions for it."""
+        """Return the length up to which texts are padded: the longest one's, rounded up if there are positions for it."""
         own = getattr(self.model.config, "text_config", None) or self.model.config
-        return max(length, min(-(-length // LENGTHS) * LENGTHS, getattr(own, "max_position_embeddings", None) or MANY))
+        positions = getattr(own, "max_position_embeddings", None) or 0
+        return max(length, min(-(-length // LENGTHS) * LENGTHS, positions))
 
     def _work(self, inputs: Batch) -> int:
         """Return parameters times tokens of a batch."""

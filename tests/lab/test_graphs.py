@@ -270,4 +270,15 @@ def test_a_delta_that_changes_while_training_is_computed(on_cpu: None, tmp_path:
 @pytest.mark.slow
 def test_large_batches_are_computed(on_cpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replaying, "WORK", 10)
-    assert go(tmp_path, *SMALL, "trainer.speed=auto").results["speed"]["replays"]["replayed"] == 0
+    facts = go(tmp_path, *SMALL, "trainer.speed=auto").results["speed"]["replays"]
+    assert facts == {"shapes": 0, "replayed": 0, "told": "large batches keep the GPU busy by themselves"}
+
+
+@pytest.mark.slow
+def test_nothing_is_replayed_where_nothing_is_trained(on_cpu: None, tmp_path: Path) -> None:
+    facts = go(tmp_path, *SMALL, "delta_type=none", "trainer.speed=auto").results["speed"]["replays"]
+    assert facts == {"shapes": 0, "replayed": 0, "told": "nothing is trained"}
+
+
+def test_places_in_a_text_are_not_padded() -> None:
+    assert not PADDING.changes(texts(5, start_positions=torch.zeros(2, dtype=torch.long)))
