@@ -22,10 +22,10 @@ from deltaexp.auto import AutoDeltaModel
 from deltaexp.checksum import model_sha256
 from deltaexp.digest_cache import model_digests
 from deltaexp.errors import ConfigError, DeltaExpError, TaskError, listing
-from deltaexp.lab import backbones, predictions, recorded, telling, training
+from deltaexp.lab import backbones, predictions, recorded, speeding, telling, training
 from deltaexp.lab.backbones import Backbone
 from deltaexp.lab.checkpoints import Checkpoints
-from deltaexp.lab.config import TrainerConfig
+from deltaexp.lab.config import RunConfig, TrainerConfig
 from deltaexp.lab.recorded import Recorded
 from deltaexp.lab.shortcuts import Shortcuts
 from deltaexp.lab.taskconfig import TaskConfig
@@ -99,7 +99,7 @@ def evaluate(asked: Asked, console: Console | None = None) -> dict[str, Any]:
                 for line in telling.about_lengths(kind, {split: rows}, {split: kinds[positions][1].truncated}):
                     console.print(f"  {line}", style="yellow", markup=False)
             kind, features = kinds[positions]
-            with trainer_for(one.config.trainer, delta_model, kind, {"test": features}) as trainer:
+            with trainer_for(one.config, delta_model, kind, {"test": features}) as trainer:
                 if asked.baseline and base is None:
                     with delta_model.detached():
                         base = _measured(trainer, features, asked, "baseline")
@@ -173,18 +173,22 @@ def attached(one: Recorded, backbone: Backbone, merged: bool = False) -> Iterato
 
 @contextlib.contextmanager
 def trainer_for(
-    config: TrainerConfig, delta_model: DeltaModel, kind: Kind, splits: dict[str, Split]
+    config: RunConfig, delta_model: DeltaModel, kind: Kind, splits: dict[str, Split]
 ) -> Iterator[training.DeltaTrainer]:
-    """Within this context there is a run's trainer that only evaluates."""
-    config = TrainerConfig(
-        eval_batch_size=config.eval_batch_size, precision=config.precision, cpu=config.cpu, progress=config.progress,
+    """Within this context there is a run's trainer that only evaluates, and the backbone computes as it did in the run."""
+    own = config.trainer
+    settings = TrainerConfig(
+        eval_batch_size=own.eval_batch_size, precision=own.precision, cpu=own.cpu, progress=own.progress, speed=own.speed,
         max_steps=1, learning_rate=1.0, save_every=0,
     )  # fmt: skip
+    model = delta_model.backbone_model
+    choice = speeding.choose(dataclasses.replace(config, trainer=settings), model)
     with tempfile.TemporaryDirectory(prefix="deltaexp-") as folder:  # where a trainer would put what it does not have
         seeds = {"data": 0, "dropout": 0}
-        trainer = training.build(config, delta_model, kind, splits, Checkpoints(Path(folder), 0), seeds, [])
+        trainer = training.build(choice.trainer, delta_model, kind, splits, Checkpoints(Path(folder), 0), seeds, [])
         try:
-            yield trainer
+            with speeding.applied(choice, model):
+                yield trainer
         finally:
             trainer.unwrap()
 

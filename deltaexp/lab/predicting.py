@@ -89,8 +89,8 @@ def predict(asked: Asked, console: Console | None = None) -> int:
     backbone = loaded(one, task)
     with attached(one, backbone, asked.merged) as delta_model:
         kind = backbone.kind(task, backbone.processor, backbone.model.config, delta_model.config.positions())
-        settings = dataclasses.replace(config.trainer, progress=False)
-        with trainer_for(settings, delta_model, kind, {}) as trainer:
+        quiet = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, progress=False))
+        with trainer_for(quiet, delta_model, kind, {}) as trainer:
             answer = _answerer(trainer, kind, asked.scores)
             read = _batches(asked, kind, config.trainer.eval_batch_size)
             made_with = _made_with(one, asked)

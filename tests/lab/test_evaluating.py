@@ -8,7 +8,7 @@ import pytest
 from small import bert, read_results, reviews
 
 from deltaexp.__main__ import main
-from deltaexp.lab import backbones, evaluating, schema
+from deltaexp.lab import backbones, evaluating, schema, speeding
 from deltaexp.lab.run import run
 
 QUIET = "trainer.progress=false"
@@ -76,6 +76,30 @@ def test_the_numbers_are_those_of_the_runs(
     assert sum(right) / 32 == read_results(runs / "lora/delta")["metrics"]["after"]["accuracy"]
     said = capsys.readouterr().out
     assert "the backbone as it is" in said
+
+
+@pytest.mark.slow
+def test_what_was_computed_fast_is_measured_so(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run under trainer.speed=auto in bf16 is evaluated to the last bit, and answered, with kept casts as it was."""
+    monkeypatch.setattr(speeding, "multiplies_bf16", lambda: True)
+    config, delta = schema.composed(
+        [
+            "task=sst2", f"task.data={home / 'reviews'}", "backbone=local", "backbone.name=small",
+            f"backbone.source={home / 'bert'}", "trainer=smoke", QUIET, "trainer.max_steps=3", "trainer.speed=auto",
+            "trainer.cpu=true",
+        ]
+    )  # fmt: skip
+    results = run(config, delta, tmp_path / "run").results
+    assert results["speed"]["kept_casts"]
+    entered = []
+    kept = speeding.casting.kept
+    monkeypatch.setattr(speeding.casting, "kept", lambda model: entered.append(model) or kept(model))
+    words = [f"delta={tmp_path}/run/delta", "trainer.cpu=true"]
+    assert main(["eval", *words, f"json={tmp_path}/m.json"]) == 0
+    assert json.loads((tmp_path / "m.json").read_text())["deltas"][0]["metrics"] == results["metrics"]["after"]
+    (tmp_path / "rows.jsonl").write_text('{"sentence": "all good"}')
+    assert main(["predict", *words, f"input={tmp_path}/rows.jsonl", f"out={tmp_path}/answers.jsonl"]) == 0
+    assert len(entered) == 2
 
 
 def test_any_split_of_the_data(home: Path, tmp_path: Path) -> None:
