@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from deltaexp.gathered import Casts
 from deltaexp.hooks import first_input
 from deltaexp.lazy import Layer
 from deltaexp.structure import blocks
@@ -189,14 +190,16 @@ def _around(name: str, holder: str) -> bool:
 
 
 def _changed(modules: dict[str, nn.Module]) -> Iterator[str]:
-    """Yield the names of the modules that are trained, that a delta hangs on, or on which there are hooks."""
+    """Yield the names of the modules that are trained, that a delta hangs on, or on which there are hooks.
+
+    Those of `deltaexp.gathered` on the whole model look at nothing that passes by.
+    """
     for name, module in modules.items():
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         if isinstance(module, Layer):
             yield parent(name)
-        elif (
-            any(parameter is not None and parameter.requires_grad for parameter in module._parameters.values())
-            or module._forward_hooks
-            or module._forward_pre_hooks
+        elif any(not isinstance(getattr(hook, "__self__", None), Casts) for hook in hooks) or any(
+            parameter is not None and parameter.requires_grad for parameter in module._parameters.values()
         ):
             yield name
 

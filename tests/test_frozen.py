@@ -10,7 +10,7 @@ from models import FAMILIES, attach, perturb, snapshot
 from tiny import quiet, tiny_inputs, tiny_model
 from torch import nn
 
-from deltaexp import frozen
+from deltaexp import frozen, gathered
 from deltaexp.frozen import Frozen, Shortcut
 
 OTHERS = {
@@ -88,6 +88,16 @@ def test_the_same_outputs_and_gradients(name: str) -> None:
     delta_model = attach(backbone, "lora", layers="last:1")
     perturb(delta_model)
     check(backbone, FAMILIES[name].inputs())
+
+
+def test_gathered_updates_are_no_hindrance() -> None:
+    backbone = FAMILIES["bert"].build()
+    attach(backbone, "lora", layers="last:1")
+    with gathered.applied(backbone) as units:
+        assert units
+        assert found(backbone).depth == len(found(backbone).blocks) - 1
+    backbone.register_forward_pre_hook(lambda module, args: None)
+    assert "the whole model" in str(frozen.find(backbone))
 
 
 @pytest.mark.parametrize(

@@ -218,8 +218,9 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs replay their steps as on a GPU, by computing them again."""
 
     def chosen(config: Any, model: Any) -> speeding.Choice:
-        trainer = dataclasses.replace(config.trainer, precision="fp32")
-        return speeding.Choice(trainer, graphs=trainer.speed == "auto")
+        trainer = dataclasses.replace(config.trainer, precision=config.trainer.precision.replace("auto", "fp32"))
+        auto = trainer.speed == "auto"
+        return speeding.Choice(trainer, casts=auto and trainer.precision == "bf16", graphs=auto)
 
     monkeypatch.setattr(speeding, "choose", chosen)
     monkeypatch.setattr(graphs, "CudaRecorder", Again)
@@ -249,16 +250,18 @@ def test_a_run_whose_steps_are_replayed(on_cpu: None, tmp_path: Path, words: lis
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["classification", "choices"])
-def test_kept_activations_are_part_of_the_batch(on_cpu: None, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "precision"), [("classification", "fp32"), ("choices", "fp32"), ("classification", "bf16")])
+def test_kept_activations_are_part_of_the_batch(on_cpu: None, tmp_path: Path, kind: str, precision: str) -> None:
     source = small.bert(tmp_path / "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     words = ["backbone=local", f"backbone.source={source}", *with_head(kind, tmp_path), "layers=last:1", "delta_type=lora"]
     words += [*QUIET, "trainer=smoke", "trainer.max_steps=9", "lora_dropout=0", "trainer.cpu=true"]
+    words += [f"trainer.precision={precision}"]
     plain, found = go(tmp_path / "plain", *words), go(tmp_path / "replayed", *words, "trainer.speed=auto")
+    assert found.results["speed"]["kept_casts"] == (precision == "bf16")
     assert found.results["shortcuts"]["while_training"]
     assert found.results["speed"]["replays"]["replayed"] == 9
     logged = [[entry["loss"] for entry in losses(outcome) if "loss" in entry] for outcome in (found, plain)]
-    assert logged[0] == pytest.approx(logged[1], rel=1e-3)
+    assert logged[0] == pytest.approx(logged[1], rel=1e-3 if precision == "fp32" else 0.02)
 
 
 @pytest.mark.slow
