@@ -332,7 +332,9 @@ def _gathers(layer: Any, module: nn.Linear) -> bool:
         return False
     down, up = layer.factors()
     plain = all(type(factor) in (nn.Parameter, FakeTensor) and factor.dtype == torch.float32 for factor in (down, up))
-    return plain and not module.weight.requires_grad and (down.shape[1], len(up)) == (module.in_features, len(module.weight))
+    # What is kept of a bias that is trained would be out of date: not every optimizer tells that it has changed a tensor.
+    frozen = not any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+    return plain and frozen and (down.shape[1], len(up)) == (module.in_features, len(module.weight))
 
 
 def kept(model: nn.Module) -> list[torch.Tensor]:

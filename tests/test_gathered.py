@@ -304,3 +304,24 @@ def test_what_a_gpu_does_in_few_operations(family: str, turned: bool) -> None:
         plainly = torch.autograd.grad(expected, casts.factors, gradients)
         for _ in range(2):
             assert all(map(torch.equal, gathered._taken_out(casts, gradients), plainly))
+
+
+def test_biases_that_are_trained_are_not_kept() -> None:
+    """A fused AdamW changes tensors without telling it."""
+    backbone, delta_model, inputs = made("bert")
+    biases = [parameter for name, parameter in backbone.named_parameters() if name.endswith("query.bias")]
+    for bias in biases:
+        bias.requires_grad_()
+    optimizer = torch.optim.AdamW(biases, lr=0.5, fused=True)
+
+    def evaluated() -> torch.Tensor:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            return backbone.eval()(**inputs).logits
+
+    with together(backbone):
+        evaluated()
+        step(backbone, delta_model, inputs)
+        optimizer.step()
+        found = evaluated()
+    with together(backbone):
+        assert torch.equal(found, evaluated())

@@ -12,7 +12,7 @@ import torch
 from deltaexp.frozen import TOKENS
 from deltaexp.lab.config import RunConfig
 from deltaexp.lab.graphs import KEPT, LENGTHS, Batch, Padding, StepGraphs
-from deltaexp.lab.tasks.kinds.base import IGNORED
+from deltaexp.lab.tasks.kinds.base import IGNORED, position_limit
 from deltaexp.registry import DeltaConfig
 
 if TYPE_CHECKING:
@@ -97,7 +97,8 @@ class Replays:
         lengths, pad = trainer.splits["train"].lengths, getattr(getattr(trainer.kind, "processor", None), "pad_token_id", None)
         padding = None
         if lengths and pad is not None:
-            padding = Padding(pad, IGNORED, self._longest(max(lengths)), self._longest(target))
+            room = (position_limit(self.model.config, trainer.kind.processor) or 0) - delta.config.positions()
+            padding = Padding(pad, IGNORED, _longest(max(lengths), room), _longest(target, room))
         self.steps = StepGraphs(self._loss, parameters, padding=padding)
 
     def step(self, inputs: Batch, weight: torch.Tensor | None) -> torch.Tensor | None:
@@ -130,12 +131,6 @@ class Replays:
         steps = self.steps
         return {"shapes": steps.shapes if steps else 0, "replayed": steps.replayed if steps else 0, "told": self.told}
 
-    def _longest(self, length: int) -> int:
-        """Return the length up to which texts are padded: the longest one's, rounded up if there are positions for it."""
-        own = getattr(self.model.config, "text_config", None) or self.model.config
-        positions = getattr(own, "max_position_embeddings", None) or 0
-        return max(length, min(-(-length // LENGTHS) * LENGTHS, positions))
-
     def _work(self, inputs: Batch) -> int:
         """Return parameters times tokens of a batch."""
         ids = inputs.get("input_ids")
@@ -164,6 +159,13 @@ class Replays:
         try:
             with torch.no_grad(), trainer.compute_loss_context_manager():
                 one, other = (float(trainer.compute_loss(model, dict(batch))) for batch in (inputs, padding.padded(inputs)))
+        except Exception:  # what a model cannot compute at all is told by the step itself
+            return False
         finally:
             model.train(was)
         return math.isclose(one, other, rel_tol=TOLERANCE, abs_tol=1e-6)
+
+
+def _longest(length: int, room: int) -> int:
+    """Return the length up to which texts are padded: the longest one's, rounded up as far as there are positions for it."""
+    return max(length, min(-(-length // LENGTHS) * LENGTHS, room))

@@ -285,3 +285,18 @@ def test_nothing_is_replayed_where_nothing_is_trained(on_cpu: None, tmp_path: Pa
 
 def test_places_in_a_text_are_not_padded() -> None:
     assert not PADDING.changes(texts(5, start_positions=torch.zeros(2, dtype=torch.long)))
+
+
+@pytest.mark.slow
+def test_padding_leaves_the_positions_of_a_prompt(on_cpu: None, tmp_path: Path) -> None:
+    """The longest text has 12 tokens, the prompt 20, and the backbone takes 32: there are none for padding."""
+    source = small.bert(tmp_path / "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    words = ["backbone=local", f"backbone.source={source}", *with_head("classification", tmp_path), *QUIET]
+    words += ["trainer=smoke", "trainer.max_steps=5", "trainer.cpu=true", "trainer.speed=auto"]
+    facts = go(tmp_path / "run", *words, "delta_type=soft_prompt", "soft_token_num=20").results["speed"]["replays"]
+    assert (facts["replayed"], facts["told"]) == (5, None)
+
+
+@pytest.mark.parametrize(("length", "room", "longest"), [(10, 32, 16), (10, 12, 12), (16, 512, 16), (17, 0, 17), (30, -20, 30)])
+def test_texts_are_padded_as_far_as_there_are_positions(length: int, room: int, longest: int) -> None:
+    assert replaying._longest(length, room) == longest
