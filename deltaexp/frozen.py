@@ -25,6 +25,7 @@ from torch import nn
 from deltaexp.gathered import Casts
 from deltaexp.hooks import first_input
 from deltaexp.lazy import Layer
+from deltaexp.speed import settings
 from deltaexp.structure import blocks
 from deltaexp.tree import above, leaf, parent
 
@@ -236,6 +237,8 @@ class Shortcut:
         self._others = {str(number): StandIn(frozen.blocks[number]) for number in range(frozen.depth)}
         self._beside: dict[int, tuple[Any, ...] | None] = {}
         """What the last frozen block returns beside hidden states, by the length of the texts; under 0 if it is nothing."""
+        self._recorded: dict[int, Any] = {}
+        """What of that recorded operations read where it is (`deltaexp.lab.graphs`), by its identity."""
         self._open: contextlib.ExitStack | None = None
         self._handles: list[Any] = []
         self.put()
@@ -283,7 +286,10 @@ class Shortcut:
             if len(kept) == LENGTHS:
                 kept.pop(next(iter(kept)))
             kept[length if beside and any(part is not None for part in beside) else 0] = beside
-        return kept[0] if 0 in kept else kept[length]
+        found = kept[0] if 0 in kept else kept[length]
+        if settings.recorded:
+            self._recorded[id(found)] = found
+        return found
 
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
         if self._open is not None:

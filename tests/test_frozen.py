@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 
 from deltaexp import frozen, gathered
 from deltaexp.frozen import Frozen, Shortcut
+from deltaexp.speed import configured
 
 OTHERS = {
     "classification": ("electra", "modernbert", "deberta", "deberta-v2", "mpnet", "roformer", "t5"),
@@ -140,6 +142,24 @@ def test_position_biases_are_made_once_for_a_length() -> None:
         backbone.encoder(torch.ones(2, length, dtype=torch.long))
     assert computed == [(1, length, 16) for length in (3, 5, *range(6, 6 + frozen.LENGTHS), 3)]
     assert len(shortcut._beside) == frozen.LENGTHS
+
+
+def test_position_biases_that_recorded_operations_read_stay_where_they_are() -> None:
+    backbone: Any = FAMILIES["t5"].build()
+    attach(backbone, "lora", layers="last:1")
+    shortcut = Shortcut(found(backbone), lambda given: torch.zeros(*given["input_ids"].shape, 16), training=False)
+
+    def bias(length: int) -> weakref.ref:
+        backbone.encoder(torch.ones(2, length, dtype=torch.long))
+        return weakref.ref(next(part for part in shortcut._beside[length] or () if part is not None))
+
+    with configured(recorded=True):
+        read = bias(3)
+    other = bias(4)
+    for length in range(5, 6 + frozen.LENGTHS):
+        bias(length)
+    assert not {3, 4} & shortcut._beside.keys()
+    assert (read() is None, other() is None) == (False, True)
 
 
 def test_nothing_below_the_lowest_delta_needs_gradients() -> None:

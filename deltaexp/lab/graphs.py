@@ -209,6 +209,7 @@ class StepGraphs:
         parameters: What is trained.
         recorder: What records operations; that of the parameters' GPU by default.
         padding: How batches are padded; None pads none.
+        state: What computing a loss may change, such as the statistics of a batch normalisation: once for each batch.
     """
 
     def __init__(
@@ -217,11 +218,14 @@ class StepGraphs:
         parameters: Sequence[nn.Parameter],
         recorder: Recorder | None = None,
         padding: Padding | None = None,
+        state: Sequence[torch.Tensor] = (),
     ) -> None:
-        self.compute, self.parameters, self.padding = compute, list(parameters), padding
+        self.compute, self.parameters, self.padding, self.state = compute, list(parameters), padding, state
         self.recorder = recorder or CudaRecorder(self.parameters[0].device)
         self.refused: str | None = None
         """Why nothing is replayed any more, in a clause."""
+        self.left: str | None = None
+        """Why some batches were not replayed, in a clause."""
         self.replayed = 0
         """The number of steps that were replayed."""
         self._graphs: dict[Hashable, _Graph] = {}
@@ -241,7 +245,10 @@ class StepGraphs:
             inputs: The batch, on the device.
             key: What else the loss depends on that is no tensor.
         """
-        if self.refused is not None or not all(isinstance(tensor, torch.Tensor) for tensor in inputs.values()):
+        if self.refused is not None:
+            return None
+        if not all(isinstance(tensor, torch.Tensor) for tensor in inputs.values()):
+            self.left = "not all that the model is given is tensors"
             return None
         places = [parameter.data_ptr() for parameter in self.parameters]
         if places != self._places:  # they were put elsewhere, where no graph would look for them
@@ -251,6 +258,7 @@ class StepGraphs:
         graph = self._graphs.get(name)
         if graph is None:
             if len(self._graphs) == MOST:
+                self.left = f"batches have more than {MOST} shapes"
                 return None
             graph = _Graph.like(inputs, self.padding)
         self._keep()
@@ -267,14 +275,14 @@ class StepGraphs:
 
     def _check(self, graph: _Graph) -> bool:
         """Record the steps of a shape, or replay them, and say whether they come to what is computed plainly."""
-        drawn, own = self.recorder.random_state(), _random_state()
+        drawn, own, before = self.recorder.random_state(), _random_state(), [tensor.clone() for tensor in self.state]
         try:
             with _as_recorded():
                 with self.recorder.aside():
                     expected = self._computed(graph)
                 if not _same_state(own, _random_state()):
                     raise Unfit("random numbers are drawn on the CPU")
-                self.recorder.set_random_state(drawn)
+                self._put_back(drawn, before)
                 if graph.replay is None:
                     self._record(graph)
             graph.replay()  # type: ignore[misc]
@@ -284,11 +292,19 @@ class StepGraphs:
         except Exception as error:  # whatever a model's code raises while it is recorded, it may well be computed
             self.refused = str(error) if isinstance(error, Unfit) else f"steps cannot be recorded ({_first_line(error)})"
             self._graphs.clear()
+            self._gradients.clear()
             _set_random_state(own)
-            self.recorder.set_random_state(drawn)
+            self._put_back(drawn, before)
             return False
         graph.checked += 1
         return True
+
+    def _put_back(self, drawn: torch.Tensor, before: Sequence[torch.Tensor]) -> None:
+        """Have the device's random generator, and what a step changes, as they were before it."""
+        self.recorder.set_random_state(drawn)
+        for tensor, value in zip(self.state, before, strict=True):
+            if not torch.equal(tensor, value):
+                tensor.copy_(value)
 
     def _computed(self, graph: _Graph) -> list[torch.Tensor]:
         """Return loss and gradients of what a graph has been filled with.

@@ -99,7 +99,7 @@ class Replays:
         if lengths and pad is not None:
             room = (position_limit(self.model.config, trainer.kind.processor) or 0) - delta.config.positions()
             padding = Padding(pad, IGNORED, _longest(max(lengths), room), _longest(target, room))
-        self.steps = StepGraphs(self._loss, parameters, padding=padding)
+        self.steps = StepGraphs(self._loss, parameters, padding=padding, state=list(self.model.buffers()))
 
     def step(self, inputs: Batch, weight: torch.Tensor | None) -> torch.Tensor | None:
         """Return the loss of a batch, with its gradients added to those of the parameters; None where it is not replayed."""
@@ -123,7 +123,7 @@ class Replays:
             if not self._pads_alike(inputs, padding):
                 self.steps.padding = None
         found = self.steps.step({**inputs, **extra}, self.trainer.current_gradient_accumulation_steps)
-        self.told = self.steps.refused or self.told
+        self.told = self.steps.refused or self.steps.left or self.told
         return found
 
     def facts(self) -> dict[str, Any]:

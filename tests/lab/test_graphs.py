@@ -1,6 +1,7 @@
 """Steps that are replayed. On the CPU what is recorded is computed again, so that all but the GPU's own part is tried here."""
 
 import contextlib
+import copy
 import dataclasses
 import random
 from collections.abc import Callable
@@ -152,6 +153,39 @@ def test_other_gradients_than_before_are_noticed(model: nn.Module) -> None:
     assert steps.step(batch()) is not None
     assert steps.step(batch(rows=4)) is None
     assert "not the same parameters" in str(steps.refused)
+
+
+@pytest.mark.parametrize("recorder", [Again, Frozen])
+def test_what_a_step_changes_is_changed_once(recorder: type) -> None:
+    """Whether it is replayed, or computed since the second batch differs."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    plain = copy.deepcopy(model)
+
+    def loss(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return functional.cross_entropy(model(inputs["x"]), inputs["labels"])
+
+    steps = StepGraphs(loss, list(model.parameters()), recorder(), state=list(model.buffers()))
+    replayed = []
+    for seed in range(4):
+        found = steps.step(batch(seed=seed))
+        replayed.append(found is not None)
+        if found is None:
+            loss(batch(seed=seed))
+        plain(batch(seed=seed)["x"])
+        torch.testing.assert_close(dict(model.named_buffers()), dict(plain.named_buffers()))
+    assert replayed == ([True] * 4 if recorder is Again else [True, False, False, False])
+
+
+def test_why_a_batch_is_not_replayed_is_told(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "MOST", 1)
+    steps = made(model)
+    assert steps.step({**batch(), "names": ["a"]}) is None  # type: ignore[dict-item]
+    assert steps.left == "not all that the model is given is tensors"
+    assert steps.step(batch()) is not None
+    assert steps.step(batch(rows=3)) is None
+    assert steps.left == "batches have more than 1 shapes"
+    assert steps.refused is None
 
 
 def test_parameters_that_were_put_elsewhere_are_recorded_anew(model: nn.Module) -> None:
