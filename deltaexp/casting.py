@@ -24,7 +24,7 @@ CAST = "_deltaexp_cast"
 def cast_all(module: Any, x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Return an input, and weight and bias of a linear map, in another dtype; casts are kept where `kept` says so."""
     weight, bias = module.weight, module.bias
-    keep = CAST in weight.__dict__ and not torch.compiler.is_compiling()
+    keep = not torch.compiler.is_compiling() and CAST in weight.__dict__  # of which it cannot make sense
     return cast(x, dtype, keep), cast(weight, dtype, keep), None if bias is None else cast(bias, dtype, keep)
 
 

@@ -594,6 +594,21 @@ def test_compiled_without_a_break(keys: dict) -> None:
         close(found, expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler's own doing
+@pytest.mark.slow
+def test_compiled_under_autocast() -> None:
+    net = Net()
+    delta_on(net, lora_r=3)
+
+    def compiled(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return torch.compile(net, backend="eager", fullgraph=True)(x)
+
+    torch.compiler.reset()
+    found = computed(net, torch.ones(64, 8), by_hooks=False, run=compiled)[1]
+    close([part.float() for part in found], [part.float() for part in computed(net, torch.ones(64, 8), True)[1]], 0.05)
+
+
 def test_less_is_kept_for_the_backward_pass() -> None:
     net = Net().bfloat16()
     delta_on(net, lora_r=2)
