@@ -8,7 +8,7 @@ on as ever.
 What is recorded knows nothing of Python: a number that a model's code has made of one batch would be the same for all. So the
 first two batches of every shape are computed plainly as well, and what differs, draws random numbers on the CPU, cannot be
 recorded or does not fit into memory is computed plainly from then on. Every step of a shape is a replay, the first one
-included, and nothing depends on the steps before: a run that is resumed goes on with the same numbers.
+included: unless that has ended on the way, a run that is resumed goes on with the same numbers.
 
 Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
@@ -19,7 +19,7 @@ import contextlib
 import random
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from torch import nn
 from transformers.utils import import_utils
 
 from deltaexp import speed
+from deltaexp.lab.recorders import CudaRecorder, Recorder
 
 Batch = Mapping[str, torch.Tensor]
 LENGTHS = 16
@@ -40,71 +41,6 @@ TOLERANCE = 0.05
 KEPT = "kept activations"
 """The input that stands for what is known of the lower blocks (`deltaexp.frozen`)."""
 DECODER = ("decoder_input_ids", "decoder_attention_mask")
-
-
-class Recorder(Protocol):
-    """What records operations."""
-
-    def record(self, compute: Callable[[], None]) -> Callable[[], None]:
-        """Return what does again what a function does, on the same memory."""
-
-    def aside(self) -> contextlib.AbstractContextManager[None]:
-        """Make a context in which is computed where operations are recorded."""
-
-    def random_state(self) -> torch.Tensor:
-        """Return the state of the device's random generator."""
-
-    def set_random_state(self, state: torch.Tensor) -> None:
-        """Set it."""
-
-
-class CudaRecorder:
-    """Records CUDA graphs, which share their memory, as one is replayed at a time.
-
-    Args:
-        device: The GPU.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self._pool = device, torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
-
-    def record(self, compute: Callable[[], None]) -> Callable[[], None]:
-        """Return the replay of what a function has the GPU do."""
-        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
-        try:
-            # What other threads do meanwhile, such as that which pins the memory of batches, is no concern of the graph.
-            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-                compute()
-        except Exception:
-            # What fails leaves its stream as the current one, and the random generator as if it were recorded still.
-            torch.cuda.set_stream(before)
-            with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream(self.device)):
-                torch.zeros(1, device=self.device)
-            raise
-        return graph.replay
-
-    @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        """Within this context is computed on the stream on which is recorded.
-
-        Autograd remembers on which stream a parameter was used, and nothing that is recorded may wait for another one.
-        """
-        own = torch.cuda.current_stream(self.device)
-        self._stream.wait_stream(own)
-        try:
-            with torch.cuda.stream(self._stream):
-                yield
-        finally:
-            own.wait_stream(self._stream)
-
-    def random_state(self) -> torch.Tensor:
-        """Return the state of the GPU's random generator."""
-        return torch.cuda.get_rng_state(self.device)
-
-    def set_random_state(self, state: torch.Tensor) -> None:
-        """Set it."""
-        torch.cuda.set_rng_state(state, self.device)
 
 
 @dataclass
@@ -287,7 +223,7 @@ class StepGraphs:
                     self._record(graph)
             graph.replay()  # type: ignore[misc]
             found = [graph.loss, *(self._gradients[number] for number in self._used or ())]
-            if _differ(found, expected):
+            if differ(found, expected):
                 raise Unfit("what is replayed differs from what is computed")
         except Exception as error:  # whatever a model's code raises while it is recorded, it may well be computed
             self.refused = str(error) if isinstance(error, Unfit) else f"steps cannot be recorded ({_first_line(error)})"
@@ -362,13 +298,20 @@ def _as_recorded() -> Iterator[None]:
         import_utils.is_cuda_stream_capturing = own
 
 
-def _differ(found: Sequence[Any], expected: Sequence[Any]) -> bool:
-    """Say whether loss or gradients differ by more than rounding; where they are no numbers, nothing can be said."""
-    for one, other in ((found[:1], expected[:1]), (found[1:], expected[1:])):
+def differ(found: Sequence[Any], expected: Sequence[Any], loss: float = TOLERANCE, gradients: float = TOLERANCE) -> bool:
+    """Say whether a loss, or the gradients after it, differ by more than rounding; where they are no numbers, no one can say.
+
+    Args:
+        found: A loss and gradients.
+        expected: What they are compared with.
+        loss: By how much losses may differ, as a part of what is expected.
+        gradients: By how much gradients may, as a part of their norm.
+    """
+    for one, other, tolerance in ((found[:1], expected[:1], loss), (found[1:], expected[1:], gradients)):
         if not one:
             continue
         size, difference = _norm(other), _norm(torch._foreach_sub(list(one), list(other)))
-        if np.isfinite(size) and not difference <= TOLERANCE * size:
+        if np.isfinite(size) and not difference <= tolerance * size:
             return True
     return False
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ import torch
 
 from deltaexp.frozen import TOKENS
 from deltaexp.lab.config import RunConfig
-from deltaexp.lab.graphs import KEPT, LENGTHS, Batch, Padding, StepGraphs
+from deltaexp.lab.graphs import KEPT, LENGTHS, Batch, Padding, StepGraphs, differ
 from deltaexp.lab.tasks.kinds.base import IGNORED, position_limit
 from deltaexp.registry import DeltaConfig
 
@@ -23,8 +22,8 @@ WORK = 2**42
 """Parameters times tokens of a batch from which a GPU computes for longer than the CPU needs to begin its operations."""
 PATCHES = 256
 """Tokens that an input counts for that is no text, such as an image."""
-TOLERANCE = 0.005
-"""By how much the loss of a batch may differ with padding, by the rounding of half precision."""
+TOLERANCE = 0.005, 0.1
+"""By how much a batch's loss, and its gradients, may differ with padding, by the rounding of half precision."""
 WEIGHT = "weight of the batch"
 """The input that stands for what the loss of a batch counts."""
 
@@ -120,7 +119,7 @@ class Replays:
         padding = self.steps.padding
         if not self._checked and padding is not None and padding.changes(inputs):
             self._checked = True
-            if not self._pads_alike(inputs, padding):
+            if not self._pads_alike(self.steps, inputs, padding):
                 self.steps.padding = None
         found = self.steps.step({**inputs, **extra}, self.trainer.current_gradient_accumulation_steps)
         self.told = self.steps.refused or self.steps.left or self.told
@@ -152,18 +151,25 @@ class Replays:
             if self.shortcut is not None:
                 self.shortcut.given = None
 
-    def _pads_alike(self, inputs: Batch, padding: Padding) -> bool:
-        """Say whether the loss of a batch is the same with padding."""
-        trainer, model, was = self.trainer, self.model, self.model.training
+    def _pads_alike(self, steps: StepGraphs, inputs: Batch, padding: Padding) -> bool:
+        """Say whether loss and gradients of a batch are the same with padding: of a new delta the loss alone tells nothing."""
+        model, was = self.model, self.model.training
         model.eval()
         try:
-            with torch.no_grad(), trainer.compute_loss_context_manager():
-                one, other = (float(trainer.compute_loss(model, dict(batch))) for batch in (inputs, padding.padded(inputs)))
+            with steps.recorder.aside():
+                expected, found = (self._outcome(steps, batch) for batch in (inputs, padding.padded(inputs)))
         except Exception:  # what a model cannot compute at all is told by the step itself
             return False
         finally:
             model.train(was)
-        return math.isclose(one, other, rel_tol=TOLERANCE, abs_tol=1e-6)
+        return not differ(found, expected, *TOLERANCE)
+
+    def _outcome(self, steps: StepGraphs, inputs: Batch) -> list[torch.Tensor]:
+        """Return the loss of a batch, and all gradients."""
+        with self.trainer.compute_loss_context_manager():
+            loss = self.trainer.compute_loss(self.model, dict(inputs))
+        found = torch.autograd.grad(loss, steps.parameters, allow_unused=True, materialize_grads=True)
+        return [loss.detach(), *found]
 
 
 def _longest(length: int, room: int) -> int:

@@ -11,7 +11,7 @@ import torch
 from transformers import masking_utils
 
 from deltaexp import speed
-from deltaexp.lab.graphs import CudaRecorder
+from deltaexp.lab.recorders import CudaRecorder
 
 
 class Graphs:

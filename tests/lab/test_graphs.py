@@ -268,6 +268,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         ["trainer.gradient_accumulation_steps=2", "trainer.eval_every=2", "trainer.label_smoothing=0.1"],
         ["layers=last:1", "trainer.epochs=3"],
         ["delta_type=prefix"],
+        ["delta_type=reft", "reft_positions=l2", "trainer.learning_rate=0.02"],
     ],
 )
 def test_a_run_whose_steps_are_replayed(on_cpu: None, tmp_path: Path, words: list[str]) -> None:
