@@ -164,15 +164,12 @@ class StepGraphs:
         """Why some batches were not replayed, in a clause."""
         self.replayed = 0
         """The number of steps that were replayed."""
+        self.shapes = 0
+        """The number of shapes that were recorded."""
         self._graphs: dict[Hashable, _Graph] = {}
         self._used: list[int] | None = None
         self._gradients = [torch.empty_like(parameter, requires_grad=False) for parameter in self.parameters]
         self._places: list[int] = []
-
-    @property
-    def shapes(self) -> int:
-        """The number of shapes that were recorded."""
-        return len(self._graphs)
 
     def step(self, inputs: Batch, key: Hashable = ()) -> torch.Tensor | None:
         """Return the loss of a batch, with its gradients added to those of the parameters; None where it cannot be replayed.
@@ -202,6 +199,7 @@ class StepGraphs:
         if graph.checked < CHECKS:
             if not self._check(graph):
                 return None
+            self.shapes += name not in self._graphs
             self._graphs[name] = graph
         else:
             graph.replay()  # type: ignore[misc]

@@ -131,6 +131,7 @@ def test_numbers_of_the_first_batch_are_noticed(model: nn.Module) -> None:
     model.zero_grad()
     assert steps.step(batch(seed=1)) is None
     assert steps.refused == "what is replayed differs from what is computed"
+    assert (steps.replayed, steps.shapes) == (1, 1)
     assert steps.step(batch(seed=2)) is None
     assert not gradients(model)
 
