@@ -17,7 +17,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 from rich.console import Console
 
-from deltaexp.errors import CheckpointError, RunError, SweepError
+from deltaexp.errors import CheckpointError, RunError, SweepError, listing
 from deltaexp.lab import recovery, report, schema, tracking
 from deltaexp.lab.sweeping import grid, record, team
 from deltaexp.lab.sweeping.job import LOG, Job, Result, execute, forget
@@ -97,6 +97,11 @@ class Going:
         wanted = self.jobs[0].run.sweep.joint == "auto"
         if wanted and not runs.joins:
             self.console.print("sweep.joint=auto changes nothing: this launcher executes each job in a process of its own")
+        elif wanted and (alone := [keys for job in self.jobs if (keys := team.hindrances(job.run))]):
+            why = listing(dict.fromkeys(itertools.chain(*alone)))
+            self.console.print(
+                f"sweep.joint=auto: {len(alone)} of these jobs train by themselves, because of {why}", markup=False
+            )
         left = self._left(self.jobs)
         self.console.print(f"{len(self.jobs)} jobs in {self.folder}, {len(left)} of them to do", markup=False)
         told = False

@@ -32,7 +32,8 @@ def formed(jobs: Sequence[Job], processes: int = 1) -> list[list[Job]]:
         processes: How many processes share the teams, which are as large as they can be while the busiest of these has as few
             jobs as possible.
     """
-    keys = [repr(_common(job.run)) if _may(job.run) else None for job in jobs]
+    may = [job.run.sweep.joint == "auto" and not hindrances(job.run) for job in jobs]
+    keys = [repr(_common(job.run)) if one else None for job, one in zip(jobs, may, strict=True)]
 
     def of_size(most: int) -> list[list[Job]]:
         teams: list[list[Job]] = []
@@ -55,13 +56,21 @@ def formed(jobs: Sequence[Job], processes: int = 1) -> list[list[Job]]:
     return min(map(of_size, range(MOST, 0, -1) if processes > 1 else [MOST]), key=longest)
 
 
-def _may(run: RunConfig) -> bool:
-    """Say whether a run may be trained together with others, as far as its config tells."""
+def hindrances(run: RunConfig) -> list[str]:
+    """Return the keys, as they are typed, for which a run is not trained together with others, as far as its config tells."""
     trainer, backbone = run.trainer, run.backbone
-    special = trainer.compile or trainer.sharding or trainer.gradient_checkpointing or trainer.speed != "off"
-    placed = backbone.quantization or backbone.device_map or backbone.trust_remote_code
+    values = {
+        "trainer.compile": trainer.compile, "trainer.sharding": trainer.sharding,
+        "trainer.gradient_checkpointing": trainer.gradient_checkpointing, "backbone.quantization": backbone.quantization,
+        "backbone.device_map": backbone.device_map, "backbone.trust_remote_code": backbone.trust_remote_code,
+    }  # fmt: skip
+    found = [f"{key}={str(value).lower()}" for key, value in values.items() if value]
+    if trainer.speed != "off":
+        found.append(f"trainer.speed={trainer.speed}")
+    if 2 * trainer.batch_size > ROWS:
+        found.append(f"trainer.batch_size={trainer.batch_size}")
     # W&B follows one run of a process at a time.
-    return run.sweep.joint == "auto" and not special and not placed and "wandb" not in run.tracker.names
+    return found + ["tracker=wandb"] * ("wandb" in run.tracker.names)
 
 
 def _common(run: RunConfig) -> RunConfig:

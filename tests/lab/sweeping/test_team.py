@@ -71,6 +71,14 @@ def test_who_goes_together() -> None:
     assert [len(one) for one in formed("seed=1,2", "trainer.batch_size=64")] == [1, 1]
     for word in ("trainer.speed=auto", "trainer.compile=true", "sweep.joint=off", "tracker=wandb", "trainer.batch_size=4,8"):
         assert {len(one) for one in formed("seed=1,2", word)} <= ({1} if "," not in word else {2}), word
+    for word in (
+        "trainer.speed=auto",
+        "trainer.compile=true",
+        "backbone.device_map=auto",
+        "tracker=wandb",
+        "trainer.batch_size=64",
+    ):
+        assert team.hindrances(planned("seed=1,2", word)[0].run) == [word]
     with pytest.raises(ConfigError, match=r"no sweep\.joint .on.\. Known: auto, off"):
         schema.composed(["sweep.joint=on"])
 
@@ -91,9 +99,11 @@ def test_a_sweep_in_teams(monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
     assert all(log.count("training for") == 1 for log in logs)
     results = [json.loads(Path("s", entry.folder, recovery.DELTA, "results.json").read_text()) for entry in jobs()]
     assert [one["trained_together"] is not None for one in results] == [True] * 4 + [False] * 2
-    # They are the jobs of a sweep that trains each by itself.
+    # They are the jobs of a sweep that trains each by itself, and says so where the config alone tells.
     assert sweep(*words) == 0
     assert "0 of them to do" in capfd.readouterr().out
+    assert sweep(*words, "sweep.joint=auto", "tracker=wandb") == 0
+    assert "sweep.joint=auto: 6 of these jobs train by themselves, because of tracker=wandb\n" in capfd.readouterr().out
 
 
 @pytest.mark.slow
