@@ -26,6 +26,8 @@ from deltaexp.ownership import originals
 from deltaexp.registry import DeltaConfig
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PIXELS = 224
+"""Height and width of images where the backbone takes any, as those of ImageNet mostly are."""
 CHOICES = 4
 """Answers of multiple choice, where only the data tell how many there are."""
 
@@ -107,7 +109,8 @@ def batch(dry: Dry, drawn: Blueprint, sizes: Mapping[str, int], rows: int) -> di
     model, name = drawn.model, type(drawn.model).__name__
     if drawn.kind.processes == "image":
         vision = getattr(drawn.settings, "vision_config", drawn.settings)
-        height, width = (vision.image_size,) * 2 if isinstance(vision.image_size, int) else vision.image_size
+        size = getattr(vision, "image_size", PIXELS)
+        height, width = (size, size) if isinstance(size, int) else size
         image = (rows, getattr(vision, "num_channels", 3), height, width)
         return {model.main_input_name: dry.empty(image, torch.float32), "labels": dry.empty((rows,), torch.long)}
     tokens: tuple[int, ...] = (rows, *([sizes["choices"]] if "choices" in sizes else []), sizes["length"])
@@ -180,7 +183,7 @@ def find(config: RunConfig, delta_model: DeltaModel, drawn: Blueprint, sizes: Ma
                 where = "a GPU" if device == "gpu" else "the CPU of this machine"
                 found.remarks.append(f"speed={trainer.speed} on {where}: {'; '.join(choice.reasons)}.")
             if choice.graphs:
-                found.remarks.append("While CUDA graphs are tried out on a GPU, they hold the activations of a step once more.")
+                found.remarks.append("CUDA graphs hold the activations of a step also between steps, and while they are tried out a second time.")
             kind = choice.trainer.precision
             how = Execution(device, AUTOCAST[kind], trainer.gradient_accumulation_steps, trainer.max_grad_norm)
             with speeding.applied(dataclasses.replace(choice, memory=False), model):

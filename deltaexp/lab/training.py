@@ -70,6 +70,8 @@ class DeltaTrainer(ParallelTrainer):
         self.alone: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
         """Makes a context in which no other run's delta is in the backbone."""
         model = delta_model.backbone_model
+        # Their statistics are the backbone's, which stays what it is: no batch may change them.
+        self._norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
         self._own_forward = model.__dict__.get("forward")  # a backbone that is spread over devices has one of its own
         with quantisation.trainable(model):
             super().__init__(
@@ -234,6 +236,9 @@ class DeltaTrainer(ParallelTrainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **options: Any) -> Any:
         """Return the task's loss, while training with the term that the delta's type adds (AdaLoRA has one)."""
+        if model.training:
+            for norm in self._norms:
+                norm.eval()
         outputs, loss = None, self.joint.loss(inputs) if self.joint is not None and model.training else None
         if loss is None:
             loss, outputs = self._own_loss(model, inputs, **options)

@@ -17,6 +17,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    ResNetConfig,
+    ResNetModel,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -121,6 +123,15 @@ def vit(folder: Path) -> Path:
         initializer_range=0.3,
     )  # fmt: skip
     ViTModel(config).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+def resnet(folder: Path) -> Path:
+    """Write a random ResNet without a classifier, with batch normalisation, and its image processor."""
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    ResNetModel(config).save_pretrained(folder)
     ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
     return folder
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from deltaexp.errors import ConfigError
 from deltaexp.lab.taskconfig import TaskConfig
@@ -57,7 +61,7 @@ def architecture(settings: Any) -> str:
     if getattr(settings, "is_encoder_decoder", False):
         return ENCODER_DECODER
     sees = hasattr(settings, "vision_config") and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if sees or hasattr(settings, "image_size"):
+    if sees or hasattr(settings, "image_size") or model_type in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
         return IMAGE
     causal = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     return DECODER if causal else ENCODER

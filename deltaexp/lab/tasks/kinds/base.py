@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import pyarrow
+import pyarrow.compute
 import tokenizers
 import torch
 import transformers
@@ -46,11 +48,15 @@ class Split:
         """How long each feature is, in tokens; None where features have no length."""
         if "input_ids" not in self.features.column_names:
             return None
-        batches = self.features.select_columns("input_ids").iter(1000)
-        # Of a row that stands for several sequences, its first.
-        return [
-            len(ids[0]) if ids and isinstance(ids[0], list) else len(ids) for batch in batches for ids in batch["input_ids"]
-        ]
+        found: list[int] = []
+        for batch in self.features.select_columns("input_ids").with_format("arrow").iter(1000):
+            ids = batch["input_ids"].combine_chunks()
+            if pyarrow.types.is_nested(ids.type.value_type):
+                # Of a row that stands for several sequences, its first.
+                found += [len(row[0]) if row else 0 for row in ids.to_pylist()]
+            else:
+                found += pyarrow.compute.list_value_length(ids).to_pylist()
+        return found
 
 
 class Kind:

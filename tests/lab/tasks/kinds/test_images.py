@@ -113,3 +113,12 @@ def test_a_run(tmp_path: Path) -> None:
     assert results["task_metric"] == "accuracy"
     assert results["new_parameters"] == ["classifier"]
     assert results["labels"] == ["dark", "light", "odd"]
+
+
+@pytest.mark.parametrize("delta", ["lora", "full"])
+def test_the_statistics_of_a_batch_normalisation_stay_the_backbones(tmp_path: Path, delta: str) -> None:
+    rows = [{"pixels": [(n % 2) * 16] * 64, "label": n % 2} for n in range(16)]
+    words = ["task.kind=image_classification", "task.inputs=[pixels]", "task.target=label", "task.labels=[dark,light]"]
+    words += [f"delta_type={delta}", *(["modified_modules=[convolution]"] if delta == "lora" else [])]
+    results = small.trained(tmp_path / "run", small.resnet(tmp_path / "resnet"), small.table(tmp_path / "data", rows), *words)
+    assert results["verification"]["hash"] == "match"
