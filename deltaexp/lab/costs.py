@@ -183,7 +183,9 @@ def find(config: RunConfig, delta_model: DeltaModel, drawn: Blueprint, sizes: Ma
                 where = "a GPU" if device == "gpu" else "the CPU of this machine"
                 found.remarks.append(f"speed={trainer.speed} on {where}: {'; '.join(choice.reasons)}.")
             if choice.graphs:
-                found.remarks.append("CUDA graphs hold the activations of a step also between steps, and while they are tried out a second time.")
+                found.remarks.append(
+                    "CUDA graphs hold the activations of a step between steps, too, and twice while they are tried."
+                )
             kind = choice.trainer.precision
             how = Execution(device, AUTOCAST[kind], trainer.gradient_accumulation_steps, trainer.max_grad_norm)
             with speeding.applied(dataclasses.replace(choice, memory=False), model):
