@@ -32,3 +32,20 @@ def test_every_contender_is_measured(tmp_path: Path) -> None:
     assert trained["full fine-tuning"]["saved_bytes"] > trained["frozen limit"]["saved_bytes"] > 0
     assert (tmp_path / "results.txt").read_text().count("frozen limit") >= 2
     assert any("against the frozen limit" in line["text"] for line in results["targets"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        ("--shapes tinyy", "There is no shape 'tinyy'. Did you mean 'tiny'?"),
+        ("--groups inferense", "Did you mean 'inference, fp32'?"),
+    ],
+)
+def test_what_there_is_not_is_said_in_a_sentence(tmp_path: Path, words: str, answer: str) -> None:
+    command = [sys.executable, str(SCRIPT), *words.split(), "--out", str(tmp_path / "out")]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 1
+    assert answer in found.stderr
+    assert "Traceback" not in found.stderr
+    assert not (tmp_path / "out").exists()

@@ -36,7 +36,7 @@ import transformers
 from contenders import auto, of_peft, peft_lora, peft_model
 from measure import flops, in_turns, peaks, ratio, seconds, summary
 from preparing import BF16, Prepared, prepared
-from shapes import SHAPES, Backbones
+from shapes import SHAPES, Backbones, named
 
 from deltaexp import one_token
 from deltaexp.lab import memory, writing
@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     cuda = options.device != "cpu"
-    names = (options.shapes or (GPU_SHAPES if cuda else "minilm,llama")).split(",")
+    names = named(options.shapes or (GPU_SHAPES if cuda else "minilm,llama"), options.device)
     limit = (options.seconds or (45 if cuda else 240)) / len(names)
     contenders = [name for name in GPU_CONTENDERS if options.compile or name != COMPILED]
     if cuda:

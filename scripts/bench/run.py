@@ -39,9 +39,10 @@ from preparing import Contender, Group, Prepared
 from report import plot, show, targets
 from rich.console import Console
 from rich.progress import Progress
-from shapes import SHAPES, Backbones
+from shapes import SHAPES, Backbones, named
 
 import deltaexp
+from deltaexp.errors import unknown
 from deltaexp.lab import memory, writing
 
 
@@ -189,10 +190,12 @@ def main() -> None:
     torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
     begun = time.monotonic()
     console = Console(width=190 if cuda else 150, record=True)
-    names = (options.shapes or ("minilm,llama,llama-1b" if cuda else "minilm,llama")).split(",")
+    names = named(options.shapes or ("minilm,llama,llama-1b" if cuda else "minilm,llama"), options.device)
     chosen = [
         (shape, group) for shape in names for group in groups(SHAPES[shape], options.device) if options.groups in group.name
     ]
+    if not chosen:
+        raise SystemExit(unknown("group", options.groups, [group.name for group in groups(SHAPES[names[0]], options.device)]))
     total = options.seconds or (45 if cuda else 600)
     weight = sum(len(group.contenders) for _, group in chosen)
     results: dict[str, Any] = {

@@ -17,6 +17,8 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
+from deltaexp.errors import unknown
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -102,6 +104,21 @@ SHAPES = {
     # Four blocks of a model of 8 billion parameters: a GPU computes for longer than it takes to call the operations.
     "llama-8b-blocks": Shape("llama-8b-blocks", _llama(4096, 4, 32, 8, 14336, 32000), 4, 1024, 32000, 0, *_LLAMA),
 }
+
+
+def named(names: str, device: str) -> list[str]:
+    """Return the names of shapes to measure, which are given with commas between them.
+
+    Raises:
+        SystemExit: If one is none, or the device is not there.
+    """
+    if device != "cpu" and not torch.cuda.is_available():
+        raise SystemExit(f"--device {device} needs a GPU that PyTorch can compute on, and there is none.")
+    found = names.split(",")
+    for name in found:
+        if name not in SHAPES:
+            raise SystemExit(unknown("shape", name, SHAPES))
+    return found
 
 
 class Backbones:
