@@ -35,13 +35,16 @@ def configure(**switches: Any) -> Speed:
     """Set switches for the whole process, and return what held before.
 
     Raises:
-        ConfigError: If there is no such switch.
+        ConfigError: If there is no such switch, or one is given something else than True or False; then none is set.
     """
     before = replace(settings)
     names = [field.name for field in fields(Speed)]
     for name, value in switches.items():
         if name not in names:
             raise ConfigError(unknown("switch of deltaexp.speed", name, names))
+        if not isinstance(value, bool):
+            raise ConfigError(f"The switch {name} of deltaexp.speed is set to {value!r}; it is True or False.")
+    for name, value in switches.items():
         setattr(settings, name, value)
     return before
 

@@ -631,7 +631,10 @@ def test_less_is_kept_for_the_backward_pass() -> None:
 
 def test_switches() -> None:
     with pytest.raises(ConfigError, match="Did you mean 'fused'"):
-        speed.configure(fuse=False)
+        speed.configure(fused=False, fuse=False)
+    with pytest.raises(ConfigError, match="The switch fused .* is set to 'off'; it is True or False"):
+        speed.configure(recorded=True, fused="off")
+    assert speed.settings == speed.Speed()
     with speed.configured(fused=False):
         assert not speed.settings.fused
     assert speed.settings.fused
