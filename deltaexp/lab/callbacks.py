@@ -9,7 +9,7 @@ from deltaexp.errors import listing
 from deltaexp.lab import processes
 from deltaexp.lab.checkpoints import Checkpoints
 from deltaexp.lab.tracking import Trackers
-from deltaexp.lab.trainer import TrainerCallback
+from deltaexp.lab.trainer import EarlyStoppingCallback, TrainerCallback
 from deltaexp.model import DeltaModel
 
 
@@ -27,6 +27,18 @@ class LogCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         """Pass an entry on."""
         self.trackers.log(logs or {}, state.global_step)
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """transformers' early stopping, which looks at the evaluations in a training alone.
+
+    Before and after it what is measured is named otherwise, and transformers would say that early stopping is disabled.
+    """
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        """Look whether the metric is better than before."""
+        if any(name.startswith("eval_") for name in metrics):
+            super().on_evaluate(args, state, control, metrics, **kwargs)
 
 
 class LossCallback(TrainerCallback):

@@ -17,7 +17,7 @@ from torch.utils.data import Sampler
 from deltaexp.checkpoint import WEIGHTS
 from deltaexp.errors import ConfigError, DamagedFileError, RunError, listing, unknown
 from deltaexp.lab import arguments, checkpoints, kernels, optimizers, processes, quantisation, sharding, smoothing
-from deltaexp.lab.callbacks import CheckpointCallback, LossCallback, StepCallback
+from deltaexp.lab.callbacks import CheckpointCallback, EarlyStopping, LossCallback, StepCallback
 from deltaexp.lab.checkpoints import Checkpoints
 from deltaexp.lab.config import TrainerConfig
 from deltaexp.lab.parallel import ParallelTrainer
@@ -26,7 +26,6 @@ from deltaexp.lab.tasks.kinds import Kind, Split
 from deltaexp.lab.tasks.kinds.base import ROW
 from deltaexp.lab.tracking import TIMINGS
 from deltaexp.lab.trainer import (
-    EarlyStoppingCallback,
     EvalPrediction,
     ExportableState,
     LengthGroupedSampler,
@@ -358,7 +357,7 @@ def build(
     options = arguments.build(
         config, delta_model, kind, len(splits["train"].features) if "train" in splits else 0, saved, seeds
     )
-    extra = [EarlyStoppingCallback(stopping, config.early_stopping_min_delta)] if stopping else []
+    extra = [EarlyStopping(stopping, config.early_stopping_min_delta)] if stopping else []
     trainer = DeltaTrainer(
         delta_model,
         kind,

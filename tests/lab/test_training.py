@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from models import FAMILIES, attach
 from transformers import Trainer, TrainerCallback
 
@@ -346,11 +347,15 @@ def test_the_best_by_another_metric(trainer_for: Make) -> None:
         training.evaluate(trainer, trainer.splits["validation"])  # before training
 
 
-def test_early_stopping_waits_for_a_real_improvement(trainer_for: Make) -> None:
+def test_early_stopping_waits_for_a_real_improvement(trainer_for: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(transformers.trainer_callback.logger, "warning", said.append)
     keys = {"eval_every": 1, "max_steps": 9, "metric": "loss", "early_stopping_patience": 2}
     trainer, _ = trainer_for({"delta_type": "lora"}, **keys, early_stopping_min_delta=1e6)
     trainer.train_from(None)
     assert trainer.state.global_step == 3
+    training.evaluate(trainer, trainer.splits["validation"])
+    assert not said  # such as that it were disabled
 
 
 @pytest.mark.parametrize("delta_type", ["lora", "none"])
