@@ -158,6 +158,7 @@ def test_pairs_against_one(page: str, new_page: Callable[..., Any]) -> None:
     tab.goto(page)
     board = tab.locator(".board").nth(1)
     board.locator("summary").click()
+    board.locator(".pairs tbody tr").first.wait_for()  # a browser opens it in its own time
     assert len(visible(tab, ".board:nth-of-type(3) .pairs tbody tr")) == 10
     board.locator(".against").select_option("lora · lora_r=8")
     rows = visible(tab, ".board:nth-of-type(3) .pairs tbody tr")
