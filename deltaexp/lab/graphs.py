@@ -76,10 +76,10 @@ class Padding:
         if values is None:
             return found
         own, both = inputs["input_ids"].shape, "decoder_input_ids" in inputs
-        lengths = {"source": (own[1], _rounded(own[1], self.source))}
+        lengths = {"source": (own[1], rounded(own[1], self.source))}
         if both:
             length = inputs["decoder_input_ids"].shape[1]
-            lengths["target"] = length, _rounded(length, self.target)
+            lengths["target"] = length, rounded(length, self.target)
         padded = {}
         for name in values:
             of_decoder = both and (name in DECODER or name == "labels")
@@ -101,8 +101,8 @@ class Padding:
         return made.inputs
 
 
-def _rounded(length: int, longest: int) -> int:
-    """Return the length that a text is padded to."""
+def rounded(length: int, longest: int) -> int:
+    """Return the length that a text is padded to: rounded up, but not beyond the longest."""
     return max(length, min(-(-length // LENGTHS) * LENGTHS, longest))
 
 

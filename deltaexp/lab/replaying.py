@@ -10,7 +10,7 @@ import torch
 
 from deltaexp.frozen import TOKENS
 from deltaexp.lab.config import RunConfig
-from deltaexp.lab.graphs import KEPT, LENGTHS, Batch, Padding, StepGraphs, differ
+from deltaexp.lab.graphs import KEPT, Batch, Padding, StepGraphs, differ, rounded
 from deltaexp.lab.tasks.kinds.base import IGNORED, position_limit
 from deltaexp.registry import DeltaConfig
 
@@ -97,7 +97,7 @@ class Replays:
         padding = None
         if lengths and pad is not None:
             room = (position_limit(self.model.config, trainer.kind.processor) or 0) - delta.config.positions()
-            padding = Padding(pad, IGNORED, _longest(max(lengths), room), _longest(target, room))
+            padding = Padding(pad, IGNORED, rounded(max(lengths), room), rounded(target, room))
         self.steps = StepGraphs(self._loss, parameters, padding=padding, state=list(self.model.buffers()))
 
     def step(self, inputs: Batch, weight: torch.Tensor | None) -> torch.Tensor | None:
@@ -170,8 +170,3 @@ class Replays:
             loss = self.trainer.compute_loss(self.model, dict(inputs))
         found = torch.autograd.grad(loss, steps.parameters, allow_unused=True, materialize_grads=True)
         return [loss.detach(), *found]
-
-
-def _longest(length: int, room: int) -> int:
-    """Return the length up to which texts are padded: the longest one's, rounded up as far as there are positions for it."""
-    return max(length, min(-(-length // LENGTHS) * LENGTHS, room))

@@ -335,4 +335,4 @@ def test_padding_leaves_the_positions_of_a_prompt(on_cpu: None, tmp_path: Path) 
 
 @pytest.mark.parametrize(("length", "room", "longest"), [(10, 32, 16), (10, 12, 12), (16, 512, 16), (17, 0, 17), (30, -20, 30)])
 def test_texts_are_padded_as_far_as_there_are_positions(length: int, room: int, longest: int) -> None:
-    assert replaying._longest(length, room) == longest
+    assert graphs.rounded(length, room) == longest
