@@ -15,7 +15,7 @@ ORDER = [
     {"tree", "digest_cache", "manifest", "probe"},
     {"structure", "attention", "prompting"},
     {"targets"},
-    {"casting", "half_attention", "hooks", "ownership", "shared_input", "speed"},
+    {"casting", "half_attention", "hooks", "norms_and_gelus", "ownership", "shared_input", "speed"},
     {"low_rank", "hadamard"},
     {"deltas"},
     {"gathered"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from deltaexp.errors import ConfigError
-from deltaexp.lab import arguments, estimate, smoothing, speeding
+from deltaexp.lab import arguments, estimate, shortcuts, smoothing, speeding
 from deltaexp.lab.blueprint import Blueprint
 from deltaexp.lab.config import RunConfig, TrainerConfig
 from deltaexp.lab.estimate import Dry, Execution, Forward
@@ -188,7 +189,8 @@ def find(config: RunConfig, delta_model: DeltaModel, drawn: Blueprint, sizes: Ma
                 )
             kind = choice.trainer.precision
             how = Execution(device, AUTOCAST[kind], trainer.gradient_accumulation_steps, trainer.max_grad_norm)
-            with speeding.applied(dataclasses.replace(choice, memory=False), model):
+            few = shortcuts.in_few(config, model) or contextlib.nullcontext()
+            with speeding.applied(dataclasses.replace(choice, memory=False), model), few:
                 # First the evaluation, with which casts that are kept begin to be there.
                 largest = dry.evaluation(forward, batch(dry, drawn, sizes, trainer.eval_batch_size), how)
                 rows = batch(dry, drawn, sizes, sizes["rows"])

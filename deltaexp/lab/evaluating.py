@@ -22,7 +22,7 @@ from deltaexp.auto import AutoDeltaModel
 from deltaexp.checksum import model_sha256
 from deltaexp.digest_cache import model_digests
 from deltaexp.errors import ConfigError, DeltaExpError, TaskError, listing
-from deltaexp.lab import backbones, predictions, recorded, speeding, telling, training
+from deltaexp.lab import backbones, predictions, recorded, shortcuts, speeding, telling, training
 from deltaexp.lab.backbones import Backbone
 from deltaexp.lab.checkpoints import Checkpoints
 from deltaexp.lab.config import RunConfig, TrainerConfig
@@ -187,7 +187,7 @@ def trainer_for(
         seeds = {"data": 0, "dropout": 0}
         trainer = training.build(choice.trainer, delta_model, kind, splits, Checkpoints(Path(folder), 0), seeds, [])
         try:
-            with speeding.applied(choice, model):
+            with speeding.applied(choice, model), shortcuts.in_few(config, model) or contextlib.nullcontext():
                 yield trainer
         finally:
             trainer.unwrap()

@@ -375,4 +375,6 @@ def _left_out_by_all(seats: Sequence[Seat]) -> list[Any]:
     """Return what a step of all leaves out: what every run does, and of frozen blocks the fewest."""
     frozen, single = [seat.short.shortcut for seat in seats], [seat.short.one_token for seat in seats]
     together = all(frozen) and all(part.training for part in frozen)
-    return [*([min(frozen, key=lambda part: part.frozen.depth)] if together else []), *(single[:1] if all(single) else [])]
+    few = [seat.short.in_few for seat in seats]
+    least = [min(frozen, key=lambda part: part.frozen.depth)] if together else []
+    return [*least, *(single[:1] if all(single) else []), *(few[:1] if all(few) else [])]

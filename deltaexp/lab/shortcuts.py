@@ -1,9 +1,10 @@
 """What a run leaves out because it would come to the same: frozen blocks on texts that are known, tokens that nobody reads.
 
-Whether that is so is decided from the architecture (`deltaexp.frozen`, `deltaexp.one_token`), and then tried out on a few
-rows of the training split: outputs, loss and gradients must be the same, to rounding, with and without. Where they are not, all
-is computed. The decision depends on the config, the data and the machine alone, and not on what is on the disk, so that the
-same command gives the same delta.
+Norms and activations of the backbone are computed in few operations (`deltaexp.norms_and_gelus`). Whether the rest can be left
+out is decided from the architecture (`deltaexp.frozen`, `deltaexp.one_token`), and then tried out on a few rows of the training
+split: outputs, loss and gradients must be the same, to rounding, with and without. Where they are not, all is computed. The
+decision depends on the config, the data and the machine alone, and not on what is on the disk, so that the same command gives
+the same delta.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from deltaexp import frozen, one_token, quantised, speed
+from deltaexp import frozen, norms_and_gelus, one_token, quantised, speed
 from deltaexp.frozen import Frozen, Shortcut
 from deltaexp.lab import activations, processes
 from deltaexp.lab.activations import Folder, Known, Texts
 from deltaexp.lab.config import RunConfig
 from deltaexp.lab.tasks.kinds.text import DecoderText, Ranking
 from deltaexp.model import DeltaModel
+from deltaexp.norms_and_gelus import InFew
 from deltaexp.one_token import LastBlock, OneToken
 
 if TYPE_CHECKING:
@@ -66,12 +68,23 @@ def refused(config: RunConfig, delta_model: DeltaModel) -> str | None:
     return None
 
 
+def in_few(config: RunConfig, model: Any) -> InFew | None:
+    """Have the backbone of a run compute norms and activations in few operations, if anything is to be left out at all."""
+    trainer = config.trainer
+    off = trainer.shortcuts == "off" or trainer.compile or trainer.sharding or not speed.settings.fused
+    return None if off else InFew(model)
+
+
 def planned(config: RunConfig, delta_model: DeltaModel) -> list[str]:
     """Return sentences on what a run would leave out, as far as it can be told without weights and data."""
+    model, result = delta_model.backbone_model, []
+    few = in_few(config, model)
+    if few is not None:
+        few.remove()
+        result += [f"Computed in few operations: {few}."] * bool(few.kinds)
     why = refused(config, delta_model)
     if why is not None:
-        return [f"All is computed in every step: {why}."]
-    model, result = delta_model.backbone_model, []
+        return [*result, f"All is computed in every step: {why}."]
     found = frozen.find(model)
     if isinstance(found, str):
         result.append(f"No activations are kept over the epochs: {found}.")
@@ -113,6 +126,7 @@ class Shortcuts:
         """Bytes of activations, by the split that they are of."""
         self.shortcut: Shortcut | None = None
         self.one_token: OneToken | None = None
+        self.in_few: InFew | None = None
         self._first = next(iter(self.splits.values()))
         mixed = trainer.args.bf16 or trainer.args.fp16
         self._mixed = (torch.bfloat16 if trainer.args.bf16 else torch.float16) if mixed else None
@@ -123,12 +137,16 @@ class Shortcuts:
             "frozen_blocks": self.shortcut.frozen.depth if self.shortcut else 0,
             "while_training": bool(self.shortcut and self.shortcut.training),
             "kept_activations": self.kept,
+            "in_few_operations": dict(self.in_few.kinds) if self.in_few else {},
             "last_block": f"{self.one_token.last.read} token" if self.one_token else "all tokens",
             "told": self.told,
         }
 
     def begin(self) -> None:
         """Find out what can be left out, try it out, compute the activations that are not there, and leave out from now on."""
+        self.in_few = in_few(self.config, self.model)
+        if self.in_few is not None and self.in_few.kinds:
+            self.told.append(f"computed in few operations: {self.in_few}")
         why = refused(self.config, self.delta_model)
         if why is None and "input_ids" not in self._first.features.column_names:
             why = "the backbone takes no tokens"
@@ -160,13 +178,13 @@ class Shortcuts:
 
     def put_aside(self) -> None:
         """Leave nothing out until `take_up`."""
-        for one in (self.shortcut, self.one_token):
+        for one in (self.shortcut, self.one_token, self.in_few):
             if one is not None:
                 one.remove()
 
     def take_up(self) -> None:
         """Leave out again what was left out before `put_aside`."""
-        for one in (self.shortcut, self.one_token):
+        for one in (self.shortcut, self.one_token, self.in_few):
             if one is not None:
                 one.put()
 
@@ -338,7 +356,8 @@ class Shortcuts:
             "threads": torch.get_num_threads(),
             "speed": [self.config.trainer.speed, dataclasses.asdict(speed.settings)],
             "versions": [torch.__version__, transformers.__version__],
-            "code": inspect.getsource(frozen) + inspect.getsource(activations),
+            "code": "".join(map(inspect.getsource, (frozen, activations, norms_and_gelus))),
+            "in few operations": self.in_few is not None,
         }
 
 

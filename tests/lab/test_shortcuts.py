@@ -177,6 +177,28 @@ def test_a_classifier_that_reads_the_last_token(train: Train, tmp_path: Path, ma
     same(measured, train(*more, "trainer.shortcuts=off", backbone=tmp_path / "decoder")[0])
 
 
+def test_norms_and_activations_in_few_operations(train: Train, tmp_path: Path, rows: Path) -> None:
+    llama = small.llama(tmp_path.parent / f"{tmp_path.name}-llama")
+    more = ("layers=null", "trainer.max_steps=3")
+    measured, short = train(*more, backbone=llama)
+    norms = next(count for name, count in short.facts()["in_few_operations"].items() if name == "LlamaRMSNorm")
+    assert f"computed in few operations: {norms} LlamaRMSNorm" in short.told
+    assert short.in_few is not None
+    assert not short.in_few.modules  # all are what they were
+    expected, none = train(*more, "trainer.shortcuts=off", backbone=llama)
+    assert none.facts()["in_few_operations"] == {}
+    same(measured, expected)
+
+    def told(*more: str) -> str:
+        config, delta_config = schema.composed(words(llama, rows, *more))
+        delta_model = plan.attach(config, delta_config, blueprint.make(config.backbone, config.task))
+        return " ".join(shortcuts.planned(config, delta_model))
+
+    assert f"Computed in few operations: {norms} LlamaRMSNorm." in told("trainer.activation_cache=0")
+    assert "few operations" not in told("trainer.shortcuts=off")
+    assert "few operations" not in told("trainer.compile=true")
+
+
 def test_where_something_is_random_only_evaluations_are_cut_short(train: Train, small_bert: Path) -> None:
     measured, short = train("trainer.max_steps=6", backbone=small_bert)
     assert set(short.kept) == {"validation"}
