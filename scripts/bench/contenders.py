@@ -18,6 +18,7 @@ from torch import nn
 
 from deltaexp import AutoDeltaConfig, AutoDeltaModel, half_attention, route, speed
 from deltaexp.lab import graphs, replaying, schema, speeding
+from deltaexp.norms_and_gelus import InFew
 
 RANK, ALPHA = 8, 16
 FP32 = torch.float32
@@ -78,16 +79,17 @@ def ours(
     attention: str = "sdpa",
     autocast: bool = False,
     own: bool = False,
+    in_few: bool = False,
     **switches: bool,
 ) -> Callable[[Backbones], Prepared]:
-    """Return what makes a contender of ours, under some switches of `deltaexp.speed`."""
+    """Return what makes a contender of ours, under some switches of `deltaexp.speed`; ``in_few``: as a run has its backbone."""
 
     def make(backbones: Backbones) -> Prepared:
         backbone = backbones.get(dtype, attention, own=own)
         delta = attached(backbone, keys(backbones.shape))
         around = partial(speed.configured, **switches) if switches else contextlib.nullcontext
         made = prepared(backbone, backbones, autocast=autocast, around=around)
-        made.keep.append(delta)
+        made.keep += [delta, InFew(backbone)] if in_few else [delta]
         return made
 
     return make
@@ -112,7 +114,7 @@ def auto(backbones: Backbones, kind: str = "all", dtype: torch.dtype = FP32, rep
     applied.enter_context(speeding.applied(dataclasses.replace(choice, attention=False, memory=False), model))
     around = half_attention.registered if choice.attention else contextlib.nullcontext
     made = prepared(model, backbones, autocast=choice.trainer.precision == "bf16", around=around)
-    made.keep += [delta, applied]
+    made.keep += [delta, applied, InFew(model)]
     ids = backbones.batch()["input_ids"]
     if replayed and choice.graphs and model.num_parameters() * ids.numel() <= replaying.WORK:
         _replay(made, backbones)
@@ -167,6 +169,8 @@ def training_fp32() -> Group:
         found.append(Contender(f"LoRA {kind}", "deltaexp", f"lora {kind}", "fp32", ours(our_lora(kind))))
         hooks = ours(our_lora(kind), fused=False)
         found.append(Contender(f"LoRA {kind}, by hooks", "deltaexp", f"lora {kind} by hooks", "fp32", hooks))
+        run = ours(our_lora(kind), in_few=True)
+        found.append(Contender(f"LoRA {kind}, in a run", "deltaexp", f"lora {kind} in a run", "fp32", run))
     return Group("training, fp32", True, found, LIMIT)
 
 

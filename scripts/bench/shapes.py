@@ -12,6 +12,8 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -83,10 +85,27 @@ def _llama(
     return build
 
 
+def _gpt2(attention: str) -> nn.Module:
+    config = GPT2Config(
+        vocab_size=8192,
+        n_embd=512,
+        n_layer=8,
+        n_head=8,
+        n_positions=256,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        use_cache=False,
+        attn_implementation=attention,
+    )
+    return GPT2LMHeadModel(config)
+
+
 _BERT_LINEARS = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "[r]layer\\.\\d+\\.output\\.dense")
 _BERT = (("query", "value"), _BERT_LINEARS, "bert.encoder.layer.0")
 _LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _LLAMA = (("q_proj", "v_proj"), _LLAMA_LINEARS, "model.layers.0")
+_GPT2 = (("c_attn",), ("c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"), "transformer.h.0")
 
 SHAPES = {
     "minilm": Shape("minilm", _bert(384, 6), 32, 64, 30522, 2, *_BERT),
@@ -94,6 +113,7 @@ SHAPES = {
     "llama-classifier": Shape(
         "llama-classifier", _llama(512, 8, 8, 4, 1408, 8192, LlamaForSequenceClassification), 8, 128, 8192, 2, *_LLAMA
     ),
+    "gpt2": Shape("gpt2", _gpt2, 8, 128, 8192, 0, *_GPT2),
     # So little that calls of operations take longer than what they compute.
     "minilm-small": Shape("minilm-small", _bert(384, 6), 1, 16, 30522, 2, *_BERT),
     "llama-small": Shape("llama-small", _llama(512, 8, 8, 4, 1408, 8192), 1, 16, 8192, 0, *_LLAMA),
