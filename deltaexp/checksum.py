@@ -16,8 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from blake3 import blake3
+
+from deltaexp.lazy import torch
 
 CHUNK = 1 << 22
 ALGORITHMS: dict[str, Callable[[Any], Any]] = {"blake3": blake3, "sha256": hashlib.sha256}

@@ -158,3 +158,14 @@ def test_a_plan_needs_no_torch() -> None:
         "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_report_needs_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom deltaexp.lab import report, tracking\n"
+        "from deltaexp.lab.tracking import sweep\n"
+        "tracking.summarise_sweep(Path(sys.argv[1]))\n"
+        "assert sweep.table(Path(sys.argv[1])) == []\n"
+        "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
