@@ -195,13 +195,13 @@ def _train(
 
         # 6. The backbone as it is, 7. training, 8. the delta.
         final = splits[data.evaluated]
+        short = speed.enter_context(shortcuts.Shortcuts(config, trainer, ["train", "validation", data.evaluated], base))
         if to_evaluate:
             told = f"evaluating the backbone as it is on {data.evaluated}"
             with clock.phase("evaluate before", told), delta_model.detached():
                 measured = ["before", plain, data.fingerprint, config.task, kind.cache_key(), config.backbone, precision]
-                measured += [config.trainer.eval_batch_size, config.trainer.cpu]
+                measured += [config.trainer.eval_batch_size, config.trainer.cpu, short.in_few is None]
                 before = shared.once(measured, functools.partial(training.evaluate, trainer, final))
-        short = speed.enter_context(shortcuts.Shortcuts(config, trainer, ["train", "validation", data.evaluated], base))
         with clock.phase("shortcuts", "finding out what need not be computed"):
             short.begin()
         console.print(*(f"  {line}" for line in short.told), sep="\n", markup=False)

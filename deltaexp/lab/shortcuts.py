@@ -106,7 +106,9 @@ def _blocks(found: Frozen) -> str:
 
 
 class Shortcuts:
-    """The shortcuts of a run, or of an evaluation: from `begin` on, until the context that this is ends.
+    """The shortcuts of a run, or of an evaluation, until the context that this is ends.
+
+    Norms and activations are computed in few operations at once, and what depends on the delta and the data from `begin` on.
 
     Args:
         config: Its config.
@@ -126,7 +128,7 @@ class Shortcuts:
         """Bytes of activations, by the split that they are of."""
         self.shortcut: Shortcut | None = None
         self.one_token: OneToken | None = None
-        self.in_few: InFew | None = None
+        self.in_few = in_few(config, self.model)
         self._first = next(iter(self.splits.values()))
         mixed = trainer.args.bf16 or trainer.args.fp16
         self._mixed = (torch.bfloat16 if trainer.args.bf16 else torch.float16) if mixed else None
@@ -144,7 +146,6 @@ class Shortcuts:
 
     def begin(self) -> None:
         """Find out what can be left out, try it out, compute the activations that are not there, and leave out from now on."""
-        self.in_few = in_few(self.config, self.model)
         if self.in_few is not None and self.in_few.kinds:
             self.told.append(f"computed in few operations: {self.in_few}")
         why = refused(self.config, self.delta_model)
