@@ -8,6 +8,7 @@ import shutil
 from typing import Any
 
 import torch
+from torch import nn
 
 from deltaexp.errors import ConfigError, listing
 from deltaexp.lab import processes
@@ -155,6 +156,16 @@ def _warmup(config: TrainerConfig, steps: int) -> int:
             "never be reached. Take fewer, or train for more steps or epochs."
         )
     return config.warmup_steps
+
+
+def without_cache(model: nn.Module) -> None:
+    """Have no part of a backbone keep keys and values for a next token, unless it is asked to, as by ``generate``.
+
+    The Trainer says so to the backbone's config, but the decoder of T5 has one of its own.
+    """
+    for module in model.modules():
+        if getattr(getattr(module, "config", None), "use_cache", False):
+            module.config.use_cache = False  # type: ignore[union-attr]
 
 
 def checkpointing(config: TrainerConfig, model: Any) -> dict[str, Any]:

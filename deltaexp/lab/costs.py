@@ -159,8 +159,7 @@ def find(config: RunConfig, delta_model: DeltaModel, drawn: Blueprint, sizes: Ma
     """
     model, trainer, found = drawn.model, config.trainer, Costs()
     again = arguments.checkpointing(trainer, model)
-    if hasattr(model.config, "use_cache"):
-        model.config.use_cache = False  # as the Trainer does
+    arguments.without_cache(model)
     if again:
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         # The state of random generators is nothing to keep where no number is drawn.

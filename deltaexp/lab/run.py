@@ -66,6 +66,7 @@ class Outcome:
     results: dict[str, Any]
 
 
+@speeding.without_denormals()
 def run(
     config: RunConfig,
     delta_config: DeltaConfig,

@@ -78,6 +78,7 @@ class DeltaTrainer(ParallelTrainer):
                 eval_dataset=splits["validation"].features if "validation" in splits else None,
                 data_collator=kind.collator(model), compute_metrics=self._measure, **options,
             )  # fmt: skip
+        arguments.without_cache(model)
 
     def train_from(self, checkpoint: Path | None) -> None:
         """Train, from a checkpoint on where there is one; where training had ended, only its outcome is taken over."""

@@ -142,3 +142,21 @@ def test_a_classifier_goes_on_in_the_same_way(bf16: pytest.MonkeyPatch, tmp_path
     assert "computes no other" in " ".join(whole.results["shortcuts"]["told"])
     interrupted(bf16, tmp_path / "cut", *words)
     assert digests(go(tmp_path / "cut", *words, "resume=true").folder) == digests(whole.folder)
+
+
+def test_denormal_numbers_are_zero_within_a_context_only() -> None:
+    small = torch.full((8,), 1e-39)
+    if not torch.set_flush_denormal(False):
+        pytest.skip("this CPU cannot flush denormal numbers")
+
+    @speeding.without_denormals()
+    def inside() -> torch.Tensor:
+        return small * 1
+
+    assert (small * 1 > 0).all()
+    with speeding.without_denormals():
+        assert not (small * 1).any()
+        assert not inside().any()
+        assert not (small * 1).any()
+    assert (small * 1 > 0).all()
+    assert (torch.full((8,), 1e-37) * 1 > 0).all()

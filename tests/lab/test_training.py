@@ -4,6 +4,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -365,3 +366,14 @@ def test_operations_are_those_that_transformers_counts(delta_type: str, trainer_
         inputs = {"input_ids": torch.ones(2, columns)}
         assert trainer.floating_point_ops(inputs) == Trainer.floating_point_ops(trainer, inputs) > 0
     assert trainer.floating_point_ops({}) == 0
+
+
+def test_no_part_of_a_backbone_keeps_keys_and_values_unless_asked() -> None:
+    model = FAMILIES["t5"].build()
+    arguments.without_cache(model)
+    batch = FAMILIES["t5"].inputs()
+    assert model(**batch).past_key_values is None
+    settings: Any = {"max_new_tokens": 3, "return_dict_in_generate": True, "eos_token_id": None}
+    generated = model.generate(batch["input_ids"], **settings)
+    assert generated.past_key_values is not None
+    assert torch.equal(generated.sequences, FAMILIES["t5"].build().generate(batch["input_ids"], **settings).sequences)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,6 +14,7 @@ from datasets import Dataset
 from torch import nn
 from torch.nn import functional
 from transformers import DataCollatorForSeq2Seq
+from transformers.modeling_outputs import BaseModelOutput
 
 from deltaexp.errors import ConfigError
 from deltaexp.lab import taskconfig
@@ -99,9 +100,14 @@ class Text(Kind):
     def predict(self, model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Return the loss, and the tokens of a generated answer for every row."""
         inputs = self.inputs(batch)
-        loss = model(**inputs).get("loss") if "labels" in inputs else None
-        source = {name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
-        return loss, self.generate(model, source)
+        source: dict[str, Any] = {name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
+        if "labels" not in inputs:
+            return None, self.generate(model, source)
+        outputs = model(**inputs)
+        encoded = outputs.get("encoder_last_hidden_state")
+        if encoded is not None:  # which need not be computed again
+            source["encoder_outputs"] = BaseModelOutput(last_hidden_state=encoded)
+        return outputs.get("loss"), self.generate(model, source)
 
     def ends(self, settings: Any) -> list[int]:
         """Return the tokens that end an answer: the model's own, else the tokenizer's.
@@ -112,7 +118,7 @@ class Text(Kind):
         own = settings.eos_token_id if settings.eos_token_id is not None else self.processor.eos_token_id
         return list(own) if isinstance(own, (list, tuple)) else [own]
 
-    def generate(self, model: nn.Module, source: Batch) -> torch.Tensor:
+    def generate(self, model: nn.Module, source: Mapping[str, Any]) -> torch.Tensor:
         """Return generated tokens, shape ``(rows, length)``."""
         plain: Any = getattr(model, "module", model)  # of a model that is wrapped for several processes
         settings = copy.deepcopy(plain.generation_config)

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from models import attach
 from torch.nn import functional
 from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
+from deltaexp import registry
 from deltaexp.errors import ConfigError
 from deltaexp.lab.taskconfig import TaskConfig
 from deltaexp.lab.tasks.kinds import choose
@@ -14,6 +16,7 @@ from deltaexp.lab.tasks.kinds.base import IGNORED, Kind
 from deltaexp.lab.tasks.kinds.text import DecoderLabels, DecoderText, Labels, Text
 
 TOKENIZER = ByT5Tokenizer()
+TYPES = sorted(set(registry.known()) - {"peft"})
 T5 = T5Config(vocab_size=384, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0)
 GPT2 = GPT2Config(
     vocab_size=384, n_embd=16, n_layer=1, n_head=2, n_positions=64, eos_token_id=1, bos_token_id=1, pad_token_id=0
@@ -147,3 +150,22 @@ def test_rows_without_targets_get_the_same_answers(form: type[Kind]) -> None:
         expected = kind.predict(model, batch(kind, {**rows, "target": [0, 1] if labels else ["x", "y"]}, False, model))[1]
     assert loss is None
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("delta_type", TYPES)
+@pytest.mark.parametrize("beams", [1, 2])
+def test_what_is_generated_beside_the_loss_goes_on_from_what_the_encoder_has_said(delta_type: str, beams: int) -> None:
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(T5).eval()
+    delta_model = attach(model, delta_type)
+    kind = Text(task(max_source_length=20, num_beams=beams), TOKENIZER, T5, delta_model.config.positions())
+    made = batch(kind, {"text": ["abc", "what a source"], "target": ["x", "y"]}, False, model)
+    calls: list[object] = []
+    model.encoder.register_forward_hook(lambda *_: calls.append(None))
+    with torch.no_grad():
+        alone = kind.generate(model, {name: made[name] for name in ("input_ids", "attention_mask")})
+        assert len(calls) == 1
+        loss, found = kind.predict(model, made)
+    assert len(calls) == 2
+    assert torch.equal(found, alone)
+    torch.testing.assert_close(loss, model(**kind.inputs(made)).loss)
