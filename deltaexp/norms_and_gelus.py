@@ -82,6 +82,8 @@ def _gelu(self: Any, input: torch.Tensor) -> torch.Tensor:
 
 
 def _quick_gelu(self: Any, input: torch.Tensor) -> torch.Tensor:
+    if input.dtype == torch.float16:  # in which the product would overflow sooner
+        return input * torch.sigmoid(QUICK * input)
     return nn.functional.silu(QUICK * input) * (1 / QUICK)
 
 
@@ -100,12 +102,15 @@ WRITTEN_OUT = {"_gelu_python": _gelu, "_gelu_tanh_python": _gelu_by_tanh}
 class InFew:
     """The norms and activations of a model that are computed in few operations, from now on until `remove`.
 
+    They have first derivatives only. A copy that is made meanwhile, by ``copy`` or ``pickle``, computes as transformers does.
+
     Args:
         model: The model.
+        norms: Whether norms are taken; of these only those on a CPU (or without values) that are frozen.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, norms: bool = True) -> None:
+        self.model, self.norms = model, norms
         self.modules: list[nn.Module] = []
         """What this has changed, and has to change back: not what is changed already."""
         self.put()
@@ -115,7 +120,7 @@ class InFew:
     def put(self) -> None:
         """Compute in few operations again after `remove`."""
         for module in self.model.modules():
-            other = _other(module)
+            other = _other(module, self.norms)
             if other is not type(module):
                 module.__class__ = other
                 self.modules.append(module)
@@ -136,32 +141,45 @@ class InFew:
         self.remove()
 
 
-def _other(module: nn.Module) -> Any:
+def _other(module: nn.Module, norms: bool) -> Any:
     """Return the class that computes as a module's own does, in fewer operations; its own where there is none."""
     kind: Any = type(module)
-    how = _norm(kind) or _written(kind)
+    if MARK in kind.__dict__ or "forward" in vars(module):  # such as that of a module which is moved when it is called
+        return kind
+    how = _written(kind)
+    if how is None and norms:
+        weight = getattr(module, "weight", None)
+        here = isinstance(weight, torch.Tensor) and weight.device.type in ("cpu", "meta") and not weight.requires_grad
+        how = _norm(kind) if here else None
     if how is None and isinstance(module, (activations.GELUActivation, activations.GELUTanh)):
         how = WRITTEN_OUT.get(getattr(module.act, "__name__", ""))
     return kind if how is None else _subclass(kind, how)
 
 
 @functools.cache
-def _subclass(kind: type, forward: Callable[..., torch.Tensor]) -> type:
+def _subclass(kind: Any, forward: Callable[..., torch.Tensor]) -> type:
+    def reduced(self: Any, protocol: Any) -> Any:
+        _, _, *state = super(made, self).__reduce_ex__(protocol)
+        return _empty, (kind,), *state
+
     # Under its base's name, as code of transformers may ask for it.
-    facts = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "forward": forward, MARK: True}
-    return type(kind.__name__, (kind,), facts)
+    facts = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__reduce_ex__": reduced}
+    made: Any = type(kind.__name__, (kind,), {**facts, "forward": forward, MARK: True})
+    return made
+
+
+def _empty(kind: Any) -> Any:
+    return kind.__new__(kind)
 
 
 @functools.cache
 def _written(kind: Any) -> Callable[..., torch.Tensor] | None:
-    return GELUS.get(kind.__name__) if kind.__module__.startswith("transformers.") and MARK not in kind.__dict__ else None
+    return GELUS.get(kind.__name__) if kind.__module__.startswith("transformers.") else None
 
 
 @functools.cache
 def _norm(kind: Any) -> Callable[..., torch.Tensor] | None:
     """Return how a class of norms computes in few operations; None where it is not one of those known."""
-    if MARK in kind.__dict__:
-        return None
     words = _wording(kind)
     known = _known().get(words) if words else None
     if known is None:

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,7 +29,7 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "i
 MODELS = {
     "llama": SMALL | {"num_key_value_heads": 2},
     "gemma": SMALL | {"num_key_value_heads": 1, "head_dim": 8, "hidden_activation": "gelu_pytorch_tanh"},
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 60},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 60, "bos_token_id": 0, "eos_token_id": 1},
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 60},
     "t5": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 60,
            "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0},
@@ -120,14 +121,44 @@ def test_a_norm_of_zeros_is_zero_and_has_a_gradient() -> None:
         torch.testing.assert_close(passed(module, torch.zeros(1, 24), weights), before)
 
 
-def test_a_norm_that_is_trained_has_its_gradient() -> None:
+def test_a_norm_that_is_trained_is_left_alone_and_has_its_gradient_if_it_is_trained_later() -> None:
     module, (x, weights) = norm(MistralRMSNorm), of_input()
     module.weight.requires_grad_()
     (module(x) * weights).sum().backward()
     before, module.weight.grad = module.weight.grad, None
-    with InFew(module):
+    with InFew(module) as few:
+        assert not few.kinds
+    module.weight.requires_grad_(False)
+    with InFew(module) as few:
+        assert few.kinds
+        module.weight.requires_grad_()
         (module(x) * weights).sum().backward()
     assert torch.equal(module.weight.grad, before)
+
+
+def test_activations_without_norms_and_what_has_a_forward_of_its_own() -> None:
+    model = made("t5")
+    assert InFew(model, norms=False).kinds == {"NewGELUActivation": 4}
+    moved = norm(MistralRMSNorm)
+    moved.forward = moved.forward  # as accelerate's hooks do
+    assert not InFew(moved).kinds
+
+
+def test_copies_compute_as_transformers_does() -> None:
+    model = made("gpt2")
+    kinds = [type(module) for module in model.modules()]
+    with InFew(model):
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert [type(module) for module in other.modules()] == kinds
+            assert all(map(torch.equal, other.state_dict().values(), model.state_dict().values()))
+
+
+def test_in_float16_a_large_value_stays_finite() -> None:
+    module = activations.ACT2FN["quick_gelu"]
+    x = torch.tensor([-6e4, -4e4, 4e4, 6e4], dtype=torch.float16)
+    before = module(x)
+    with InFew(module):
+        assert torch.equal(module(x), before)
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float64, torch.float64), (torch.float32, torch.bfloat16)], ids=str)
@@ -222,9 +253,10 @@ def test_clip_has_its_own_activation_in_fewer_operations() -> None:
 
 def test_it_is_put_aside_and_taken_up_and_leaves_what_others_have_changed() -> None:
     model = made("llama")
-    kind = type(model.norm)
+    model.other = activations.ACT2FN["gelu_python"]
+    kind, kinds = type(model.norm), [type(module) for module in model.modules()]
     outer = InFew(model)
-    assert outer.kinds == {"LlamaRMSNorm": 5}
+    assert outer.kinds == {"LlamaRMSNorm": 5, "GELUActivation": 1}
     with InFew(model) as inner:
         assert not inner.kinds
     assert type(model.norm) is not kind
@@ -236,7 +268,7 @@ def test_it_is_put_aside_and_taken_up_and_leaves_what_others_have_changed() -> N
         outer.put()
         assert type(model.norm) is not kind
     outer.remove()
-    assert {type(module) for module in model.modules()} == {type(module) for module in made("llama").modules()}
+    assert [type(module) for module in model.modules()] == kinds
 
 
 def test_a_compiled_norm_is_left_to_the_compiler() -> None:

@@ -188,7 +188,7 @@ def find(config: RunConfig, delta_model: DeltaModel, drawn: Blueprint, sizes: Ma
                 )
             kind = choice.trainer.precision
             how = Execution(device, AUTOCAST[kind], trainer.gradient_accumulation_steps, trainer.max_grad_norm)
-            few = shortcuts.in_few(config, model) or contextlib.nullcontext()
+            few = shortcuts.in_few(config, model, norms=device == "cpu") or contextlib.nullcontext()
             with speeding.applied(dataclasses.replace(choice, memory=False), model), few:
                 # First the evaluation, with which casts that are kept begin to be there.
                 largest = dry.evaluation(forward, batch(dry, drawn, sizes, trainer.eval_batch_size), how)

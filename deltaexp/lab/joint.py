@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from deltaexp.errors import DeltaExpError
-from deltaexp.lab import joint_step, smoothing
+from deltaexp.lab import joint_step, smoothing, speeding
 from deltaexp.lab.backbones import Backbone
 from deltaexp.lab.config import RunConfig
 from deltaexp.lab.sharing import Shared
@@ -306,7 +306,8 @@ class Team:
                 seat.alone = partial(seat.by_itself, seats, self._short)
             for part in self._short:
                 part.put()
-            self._steps(backbone, seats)
+            with speeding.without_denormals():  # as each run says it of its own turns
+                self._steps(backbone, seats)
         finally:
             for part in self._short:
                 part.remove()

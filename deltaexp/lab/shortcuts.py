@@ -68,11 +68,11 @@ def refused(config: RunConfig, delta_model: DeltaModel) -> str | None:
     return None
 
 
-def in_few(config: RunConfig, model: Any) -> InFew | None:
+def in_few(config: RunConfig, model: Any, norms: bool = True) -> InFew | None:
     """Have the backbone of a run compute norms and activations in few operations, if anything is to be left out at all."""
     trainer = config.trainer
     off = trainer.shortcuts == "off" or trainer.compile or trainer.sharding or not speed.settings.fused
-    return None if off else InFew(model)
+    return None if off else InFew(model, norms)
 
 
 def planned(config: RunConfig, delta_model: DeltaModel) -> list[str]:
@@ -81,7 +81,7 @@ def planned(config: RunConfig, delta_model: DeltaModel) -> list[str]:
     few = in_few(config, model)
     if few is not None:
         few.remove()
-        result += [f"Computed in few operations: {few}."] * bool(few.kinds)
+        result += [f"Computed in few operations, norms on a CPU only: {few}."] * bool(few.kinds)
     why = refused(config, delta_model)
     if why is not None:
         return [*result, f"All is computed in every step: {why}."]

@@ -168,8 +168,8 @@ def without_denormals() -> Iterator[None]:
     """Within this context a CPU takes numbers for zero that are too small to be normal, of less than 1.2e-38 in float32.
 
     It computes with them many times slower than with others, and a model that is sure of what it says has many of them: the
-    probabilities of all else, and their gradients. The threads that PyTorch computes in have what held where they were begun,
-    so that this is for a whole run, from before the first of them on.
+    probabilities of all else, and their gradients. The threads that PyTorch computes in have for ever what held where they were
+    begun: so this is for a whole run, from before the first of them on, and they may go on with it afterwards.
     """
     before = not float(torch.tensor(1e-39) * 1)
     torch.set_flush_denormal(True)

@@ -104,10 +104,12 @@ class Text(Kind):
         if "labels" not in inputs:
             return None, self.generate(model, source)
         outputs = model(**inputs)
-        encoded = outputs.get("encoder_last_hidden_state")
-        if encoded is not None:  # which need not be computed again
+        loss, encoded = outputs.get("loss"), outputs.get("encoder_last_hidden_state")
+        # It need not be computed again, but where a decoder asks which experts the encoder has taken.
+        if encoded is not None and not hasattr(outputs, "encoder_router_logits"):
             source["encoder_outputs"] = BaseModelOutput(last_hidden_state=encoded)
-        return outputs.get("loss"), self.generate(model, source)
+        del outputs, encoded
+        return loss, self.generate(model, source)
 
     def ends(self, settings: Any) -> list[int]:
         """Return the tokens that end an answer: the model's own, else the tokenizer's.

@@ -1,12 +1,22 @@
 """Text to text, and labels as words: what is trained on, what is generated, and that the likeliest label is the likeliest."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from models import attach
 from torch.nn import functional
-from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    ByT5Tokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from deltaexp import registry
 from deltaexp.errors import ConfigError
@@ -152,6 +162,30 @@ def test_rows_without_targets_get_the_same_answers(form: type[Kind]) -> None:
     assert torch.equal(found, expected)
 
 
+def generated_twice(model: torch.nn.Module, kind: Text) -> tuple[list[torch.Tensor], list[Any]]:
+    """Return what the encoder says when answers are generated alone and beside the loss, and what `generate` was given then."""
+    made = batch(kind, {"text": ["abc", "what a source"], "target": ["x", "y"]}, False, model)
+    said: list[torch.Tensor] = []
+    given: list[Any] = []
+    model.encoder.register_forward_hook(lambda *passed: said.append(passed[-1][0]))
+    generate = model.generate
+
+    def noted(**options: Any) -> Any:
+        there = options.get("encoder_outputs")
+        given.append(None if there is None else there.last_hidden_state)  # of which each beam gets one
+        return generate(**options)
+
+    model.generate = noted
+    with torch.no_grad():
+        alone = kind.generate(model, {name: made[name] for name in ("input_ids", "attention_mask")})
+        assert len(said) == 1
+        loss, found = kind.predict(model, made)
+        assert torch.equal(found, alone)
+        torch.testing.assert_close(loss, model(**kind.inputs(made)).loss)
+    del said[-1]  # the last is of the loss by itself
+    return said, given
+
+
 @pytest.mark.parametrize("delta_type", TYPES)
 @pytest.mark.parametrize("beams", [1, 2])
 def test_what_is_generated_beside_the_loss_goes_on_from_what_the_encoder_has_said(delta_type: str, beams: int) -> None:
@@ -159,13 +193,19 @@ def test_what_is_generated_beside_the_loss_goes_on_from_what_the_encoder_has_sai
     model = T5ForConditionalGeneration(T5).eval()
     delta_model = attach(model, delta_type)
     kind = Text(task(max_source_length=20, num_beams=beams), TOKENIZER, T5, delta_model.config.positions())
-    made = batch(kind, {"text": ["abc", "what a source"], "target": ["x", "y"]}, False, model)
-    calls: list[object] = []
-    model.encoder.register_forward_hook(lambda *_: calls.append(None))
-    with torch.no_grad():
-        alone = kind.generate(model, {name: made[name] for name in ("input_ids", "attention_mask")})
-        assert len(calls) == 1
-        loss, found = kind.predict(model, made)
-    assert len(calls) == 2
-    assert torch.equal(found, alone)
-    torch.testing.assert_close(loss, model(**kind.inputs(made)).loss)
+    (first, second), (none, given) = generated_twice(model, kind)
+    assert none is None
+    assert torch.equal(first, second)
+    assert torch.equal(given, second)
+
+
+def test_a_decoder_that_asks_for_the_experts_of_the_encoder_has_it_computed_again() -> None:
+    settings = SwitchTransformersConfig(
+        vocab_size=384, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=2, num_heads=2, num_experts=2,
+        encoder_sparse_step=2, decoder_sparse_step=2, decoder_start_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = SwitchTransformersForConditionalGeneration(settings).eval()
+    said, given = generated_twice(model, Text(task(max_source_length=20), TOKENIZER, settings))
+    assert len(said) == 3
+    assert given == [None, None]
