@@ -148,8 +148,8 @@ def _other(module: nn.Module, norms: bool) -> Any:
         return kind
     how = _written(kind)
     if how is None and norms:
-        weight = getattr(module, "weight", None)
-        here = isinstance(weight, torch.Tensor) and weight.device.type in ("cpu", "meta") and not weight.requires_grad
+        weight = module._parameters.get("weight")  # a property of that name may be anything
+        here = weight is not None and weight.device.type in ("cpu", "meta") and not weight.requires_grad
         how = _norm(kind) if here else None
     if how is None and isinstance(module, (activations.GELUActivation, activations.GELUTanh)):
         how = WRITTEN_OUT.get(getattr(module.act, "__name__", ""))

@@ -144,6 +144,15 @@ def test_activations_without_norms_and_what_has_a_forward_of_its_own() -> None:
     assert not InFew(moved).kinds
 
 
+def test_a_module_that_has_no_weight_to_tell_is_left_alone() -> None:
+    class Wrapped(nn.Module):
+        @property
+        def weight(self) -> torch.Tensor:
+            raise RecursionError
+
+    assert not InFew(Wrapped()).kinds
+
+
 def test_copies_compute_as_transformers_does() -> None:
     model = made("gpt2")
     kinds = [type(module) for module in model.modules()]
