@@ -188,8 +188,10 @@ def find(config: RunConfig, delta_model: DeltaModel, drawn: Blueprint, sizes: Ma
                 )
             kind = choice.trainer.precision
             how = Execution(device, AUTOCAST[kind], trainer.gradient_accumulation_steps, trainer.max_grad_norm)
-            few = shortcuts.in_few(config, model, norms=device == "cpu") or contextlib.nullcontext()
-            with speeding.applied(dataclasses.replace(choice, memory=False), model), few:
+            with (
+                speeding.applied(dataclasses.replace(choice, memory=False), model),
+                shortcuts.in_few(config, model, norms=device == "cpu") or contextlib.nullcontext(),
+            ):
                 # First the evaluation, with which casts that are kept begin to be there.
                 largest = dry.evaluation(forward, batch(dry, drawn, sizes, trainer.eval_batch_size), how)
                 rows = batch(dry, drawn, sizes, sizes["rows"])

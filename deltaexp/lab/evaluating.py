@@ -186,9 +186,12 @@ def trainer_for(
     with tempfile.TemporaryDirectory(prefix="deltaexp-") as folder:  # where a trainer would put what it does not have
         seeds = {"data": 0, "dropout": 0}
         trainer = training.build(choice.trainer, delta_model, kind, splits, Checkpoints(Path(folder), 0), seeds, [])
-        few = shortcuts.in_few(config, model) or contextlib.nullcontext()
         try:
-            with speeding.without_denormals(), speeding.applied(choice, model), few:
+            with (
+                speeding.without_denormals(),
+                speeding.applied(choice, model),
+                shortcuts.in_few(config, model) or contextlib.nullcontext(),
+            ):
                 yield trainer
         finally:
             trainer.unwrap()
