@@ -25,14 +25,13 @@ from transformers import pytorch_utils
 from deltaexp import gathered
 from deltaexp.casting import cast_all
 from deltaexp.deltas._linear import LowRankDelta, WeightDelta
+from deltaexp.full_size import DirectedLinear, ShiftedLinear
 from deltaexp.hooks import add_parallel, add_weighted
 from deltaexp.indices import index
 from deltaexp.layout import Rows
 from deltaexp.lazy import Layer
 from deltaexp.low_rank import (
-    DirectedLinear,
     LowRankLinear,
-    ShiftedLinear,
     Update,
     exact,
     low_rank_linear,

@@ -1,9 +1,11 @@
-"""Linear maps with low-rank updates, and with full-size ones, as functions with a backward pass of their own.
+"""Linear maps with low-rank updates, as functions with a backward pass of their own.
 
 The hook of a LoRA computes ``h + s (x A^T) B^T`` after its module has computed ``h = x W^T + b``: it makes two tensors of the
 size of ``h``, and in the backward pass one more of the size of ``x``. For N rows of ``x`` one of two ways is cheaper:
 
 - ``h`` gets ``z B^T`` with ``z = s x A^T`` added in place by the matrix product itself, and so does the gradient of ``x``;
+  In bfloat16 on the CPU, if ``h`` is at least twice as wide as ``x``, the product is that of ``x`` and ``z`` side by side with
+  ``W`` and ``B`` side by side instead, and likewise in the backward pass: ``h`` is not read and written a second time;
 - ``W + s B A`` is computed, which is small where N is large, and ``x`` multiplied by that: nothing of the size of ``h`` is
   touched a second time.
 
@@ -62,7 +64,7 @@ class Update(NamedTuple):
     """What its factors are cast to; None where they are computed in their own."""
 
 
-def _rows(tensor: torch.Tensor) -> torch.Tensor:
+def as_rows(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor as a matrix of rows."""
     return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
 
@@ -120,7 +122,34 @@ def _can_be_whole(weight: torch.Tensor, updates: tuple[Update, ...], factors: Se
     )
 
 
-def _inner(x: torch.Tensor, down: torch.Tensor, scale: float) -> torch.Tensor:
+def _side_by_side(
+    rows: int, wide: int, weight: torch.Tensor, updates: tuple[Update, ...], factors: Sequence[torch.Tensor]
+) -> bool:
+    """Say whether a product with a weight and that with a factor are faster as one, of copies of both side by side.
+
+    They are on a CPU that multiplies in bfloat16, where it takes longer to add to what comes out than to copy what goes in.
+
+    Args:
+        rows: Of ``x``.
+        wide: The width of what comes out: ``out_dim`` in the forward pass, ``in_dim`` in the backward pass.
+        weight: Shape ``(out_dim, in_dim)``.
+        updates: The updates.
+        factors: Their factors, as they are computed.
+    """
+    narrow = weight.numel() // wide if wide else 0
+    return (
+        weight.dtype == torch.bfloat16
+        and weight.device.type == "cpu"
+        and 2 * narrow <= wide <= rows
+        and len(updates) == 1
+        and updates[0].part is None
+        and all(factor.dtype == weight.dtype and factor.dim() == 2 for factor in factors)
+        and weight.is_contiguous()
+        and not torch.compiler.is_compiling()
+    )
+
+
+def in_rank(x: torch.Tensor, down: torch.Tensor, scale: float) -> torch.Tensor:
     """Return ``z = s x A^T``."""
     return _scaled(_for(x, down).to(down.dtype), _turned(down), scale)
 
@@ -166,12 +195,12 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
     return functional.linear(x, weight, bias)
 
 
-def _no_view(out: torch.Tensor) -> torch.Tensor:
+def no_view(out: torch.Tensor) -> torch.Tensor:
     """Return a new tensor that is no view, as a product with a bias is: autograd lets nobody change one of these in place."""
     return torch.ops.aten._unsafe_view(out, out.shape)
 
 
-def _product(g: torch.Tensor, weight: torch.Tensor, gradient: InputGradient | None) -> torch.Tensor:
+def gradient_by(g: torch.Tensor, weight: torch.Tensor, gradient: InputGradient | None) -> torch.Tensor:
     """Return the gradient of ``x`` by way of a weight, added to those of other maps if there are some."""
     return g @ weight if gradient is None else gradient.add(g, weight)
 
@@ -193,7 +222,7 @@ def simply(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, updates: tuple[Update, ...], *factors: torch.Tensor
 ) -> torch.Tensor:
     """Return ``x W^T + b`` and one update, by PyTorch's own operations and their backward passes."""
-    (down, up), flat = _cast(updates, factors), _rows(x)
+    (down, up), flat = _cast(updates, factors), as_rows(x)
     z = functional.linear(flat, down)
     out = torch.addmm(functional.linear(flat, weight, bias), z, up.mT, alpha=updates[0].scale)
     return out.view(*x.shape[:-1], len(weight))
@@ -217,25 +246,31 @@ def _separately(
     factors: Sequence[torch.Tensor],
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor | None]]:
     """Return the output, ``z`` of every update, and what each has dropped."""
-    flat = _rows(x)
+    flat = as_rows(x)
     if len(updates) == 1 and factors[1].dim() == 3 and updates[0].part is None and not updates[0].dropout:
         down, up = factors
         if x.device.type == "cpu" and up.dtype == weight.dtype == torch.float32 and flat.numel():
             # The product with W is added to the rest, and the bias is one more rank, which spares its copies.
-            z = _inner(flat, down, updates[0].scale)
+            z = in_rank(flat, down, updates[0].scale)
             left, right = z, up.mT
             if bias is not None:
                 left = torch.cat([left, left.new_ones(*left.shape[:-1], 1)], dim=-1)
                 right = torch.cat([right, bias.expand(len(right), 1, -1)], dim=1)
             out = (left @ right.contiguous()).view(len(flat), len(weight)).addmm_(flat, weight.T)
             return out.view(*x.shape[:-1], len(weight)), [z], [None]
+    if _side_by_side(len(flat), len(weight), weight, updates, factors):
+        ((down, up), (update,)) = factors, updates
+        dropped, mask = torch.native_dropout(flat, update.dropout, True) if update.dropout else (flat, None)
+        z = in_rank(dropped, down, update.scale)
+        out = _linear(torch.cat([flat, z], 1), torch.cat([weight, up], 1), bias)
+        return out.view(*x.shape[:-1], len(weight)), [z], [mask]
     out = _linear(x, weight, bias)
     matrix = out.view(len(flat), out.shape[-1])
     inner: list[torch.Tensor] = []
     masks: list[torch.Tensor | None] = []
     for update, down, up in zip(updates, factors[::2], factors[1::2], strict=True):
         dropped, mask = torch.native_dropout(flat, update.dropout, True) if update.dropout else (flat, None)
-        z = _inner(dropped, down, update.scale)
+        z = in_rank(dropped, down, update.scale)
         _add_product(_taken(_for(matrix, up), update.part), z, _turned(up))
         inner.append(z)
         masks.append(mask)
@@ -260,7 +295,7 @@ class LowRankLinear(torch.autograd.Function):
         else:
             out, inner, masks = _separately(x, weight, bias, updates, cast)
         ctx.save_for_backward(x, weight, *factors, *cast, *masks, *inner)
-        return _no_view(out)
+        return no_view(out)
 
     @staticmethod
     def backward(ctx: Any, g: Any) -> Any:
@@ -271,12 +306,14 @@ class LowRankLinear(torch.autograd.Function):
         gradient = ctx.gradient
         if torch.is_grad_enabled():  # they would be constants in the gradient of this
             factors, inner, gradient = _cast(ctx.updates, given), [], None
-        flat, g_flat = _rows(x), _rows(g)
+        flat, g_flat = as_rows(x), as_rows(g)
         needs_x, needs_factors = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
         whole = ctx.can_be_whole and 2 * g.shape[-1] <= len(g_flat)
+        beside = needs_x and gradient is None and not ctx.updates[0].dropout
+        beside = beside and _side_by_side(len(flat), flat.shape[-1], weight, ctx.updates, factors)
         grad_x = None
-        if needs_x:
-            grad_x = _product(g_flat, updated(weight, ctx.updates, factors) if whole else weight, gradient)
+        if needs_x and not beside:
+            grad_x = gradient_by(g_flat, updated(weight, ctx.updates, factors) if whole else weight, gradient)
         grads: list[torch.Tensor | None] = []
         for number, (update, dropped) in enumerate(zip(ctx.updates, _outer(flat, ctx.updates, masks), strict=True)):
             down, up = factors[2 * number : 2 * number + 2]
@@ -287,7 +324,9 @@ class LowRankLinear(torch.autograd.Function):
                 u = _scaled(part, up, update.scale)
                 if needs_factors[2 * number]:
                     grad_down = _gradient_of(given[2 * number], _over_rows(u, _for(dropped, down).to(down.dtype)))
-                if grad_x is not None and not whole:
+                if beside:
+                    grad_x = torch.cat([part, u], 1) @ torch.cat([weight, down])
+                elif grad_x is not None and not whole:
                     if update.dropout:
                         grad_x.add_(u @ down * masks[number], alpha=1 / (1 - update.dropout))
                     elif gradient is not None and u.dim() == 2 and u.dtype == grad_x.dtype:
@@ -295,84 +334,8 @@ class LowRankLinear(torch.autograd.Function):
                     else:
                         _add_product(_for(grad_x, down), u, down)
             if needs_factors[2 * number + 1]:
-                z = inner[number] if inner else _inner(dropped, down, update.scale)
+                z = inner[number] if inner else in_rank(dropped, down, update.scale)
                 grad_up = _gradient_of(given[2 * number + 1], _over_rows(z, part).mT)
             grads += [grad_down, grad_up]
         own = None if grad_x is None or gradient is not None else grad_x.view(x.shape)  # what is shared has its own way
         return own, None, None, None, None, *grads
-
-
-class DirectedLinear(torch.autograd.Function):
-    """``x (c * (W + s B A))^T + b``, where ``c``, shape ``(out_dim,)``, scales the rows of ``W + s B A``: DoRA.
-
-    ``W + s B A`` is given for the forward pass, where its norms were needed for ``c``, and computed anew in the backward pass.
-    Its product with ``x`` is kept, from which the gradient of ``c`` comes.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Any, weight: Any, bias: Any, gradient: InputGradient | None, directed: Any, update: Update,
-        down: Any, up: Any, ratio: Any,
-    ) -> Any:  # fmt: skip
-        """Compute the outputs ``(..., out_dim)`` of ``x (..., in_dim)``; ``directed`` is ``W + s B A``."""
-        out = functional.linear(x, directed, bias)
-        straight = out if bias is None else out - bias
-        # In this form it is the output of W to the last bit where c is one.
-        out = out * ratio if bias is None else out.addcmul_(straight, ratio - 1)
-        ctx.gradient, ctx.update = gradient, update
-        ctx.save_for_backward(x, weight, down, up, ratio, straight)
-        return _no_view(out)
-
-    @staticmethod
-    def backward(ctx: Any, g: Any) -> Any:
-        """Return the gradients of ``x``, ``A``, ``B`` and ``c``; the frozen weight has none."""
-        x, weight, down, up, ratio, straight = ctx.saved_tensors
-        flat, g_flat = _rows(x), _rows(g)
-        directed = updated(weight, (ctx.update,), (down, up))
-        gradient = ctx.gradient
-        if torch.is_grad_enabled():
-            straight, gradient = x @ directed.T, None  # kept, they would be constants in the gradient of this
-        grad_x = grad_down = grad_up = grad_ratio = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _product(g_flat, directed * ratio[:, None], gradient).view(x.shape)
-        scale = (ratio * ctx.update.scale)[:, None]
-        if ctx.needs_input_grad[6]:
-            grad_down = (g_flat @ (up * scale)).T @ flat
-        if ctx.needs_input_grad[7]:
-            grad_up = (_inner(flat, down, 1.0).T @ g_flat).T * scale
-        if ctx.needs_input_grad[8]:
-            grad_ratio = (g_flat * _rows(straight)).sum(0)
-        return grad_x if gradient is None else None, None, None, None, None, None, grad_down, grad_up, grad_ratio
-
-
-class ShiftedLinear(torch.autograd.Function):
-    """``x (W + D)^T + b``: one product in place of two, for the full-size update ``D`` that a layer's ``delta()`` returns.
-
-    ``D`` is computed anew in the backward pass, and only the parameters it comes from are kept.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Any, weight: Any, bias: Any, gradient: InputGradient | None, layer: Any, *parameters: Any) -> Any:
-        """Compute the outputs ``(..., out_dim)`` of ``x (..., in_dim)``."""
-        ctx.gradient, ctx.layer = gradient, layer
-        ctx.save_for_backward(x, weight, *parameters)
-        return _no_view(functional.linear(x, weight + layer.delta(), bias))
-
-    @staticmethod
-    def backward(ctx: Any, g: Any) -> Any:
-        """Return the gradients of ``x`` and of the update's parameters; the frozen weight has none."""
-        x, weight, *parameters = ctx.saved_tensors
-        again = torch.is_grad_enabled()
-        with torch.enable_grad():
-            delta = ctx.layer.delta()
-        gradient, grad_x = None if again else ctx.gradient, None
-        if ctx.needs_input_grad[0]:
-            grad_x = _product(_rows(g), weight + (delta if again else delta.detach()), gradient).view(x.shape)
-        grads: list[Any] = [None] * len(parameters)
-        wanted = [number for number, needs in enumerate(ctx.needs_input_grad[5:]) if needs]
-        if wanted:
-            grad_delta = _rows(g).T @ _rows(x)
-            found = torch.autograd.grad(delta, [parameters[number] for number in wanted], grad_delta, create_graph=again)
-            for number, grad in zip(wanted, found, strict=True):
-                grads[number] = grad
-        return grad_x if gradient is None else None, None, None, None, None, *grads

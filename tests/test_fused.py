@@ -14,6 +14,7 @@ from models import FAMILIES, attach, logits, snapshot
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
@@ -23,8 +24,9 @@ from deltaexp.deltas.loha import LohaLayer
 from deltaexp.deltas.lokr import LokrLayer
 from deltaexp.deltas.lora import LoraLayer
 from deltaexp.errors import ConfigError
+from deltaexp.full_size import DirectedLinear, ShiftedLinear
 from deltaexp.hadamard import HadamardProduct
-from deltaexp.low_rank import DirectedLinear, LowRankLinear, ShiftedLinear, Update, low_rank_linear, simply, updated
+from deltaexp.low_rank import LowRankLinear, Update, low_rank_linear, simply, updated
 
 PARTS = [
     (Update(0.5, 0.0, None),),
@@ -339,6 +341,48 @@ def test_autocast(kind: str, dropout: float) -> None:
             return net(x)
 
     check(net, torch.randn(64, 8), in_one=True, run=run, tolerance=0.02)
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations within it that add a product to a matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.added = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.added += func is torch.ops.aten.addmm_.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize(("sizes", "rows"), [((16, 64), 96), ((64, 16), 96), ((16, 16), 96), ((16, 64), 48)], ids=str)
+def test_bfloat16_side_by_side(sizes: tuple[int, int], rows: int, dropout: float) -> None:
+    """A wide product in bfloat16 is one with that of the factor; it is at least as exact as the sum of both."""
+    (width, out), rank, update = sizes, 3, Update(0.5, dropout, None)
+    wide_forward, wide_backward = 2 * width <= out <= rows, 2 * out <= width <= rows and not dropout
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"x": (2, rows // 2, width), "weight": (out, width), "bias": (out,), "down": (rank, width), "up": (out, rank)}
+    tensors = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
+    g = torch.randn(2, rows // 2, out, generator=generator).bfloat16()
+
+    def computed(kind: torch.dtype, apart: bool) -> list[torch.Tensor]:
+        x, weight, bias, down, up = (tensor.to(kind) for tensor in tensors.values())
+        given = [tensor.clone().requires_grad_() for tensor in (x, down, up)]
+        torch.manual_seed(1)
+        with Operations() as operations, pytest.MonkeyPatch.context() as patch:
+            if apart:
+                patch.setattr(low_rank, "_side_by_side", lambda *_: False)
+            result = LowRankLinear.apply(given[0], weight, bias, None, (update,), *given[1:])
+            result.backward(g.to(kind))
+        if kind == torch.bfloat16 and not apart:
+            assert operations.added == 2 - wide_forward - wide_backward - bool(dropout)
+        return [result.detach().double(), *(tensor.grad.double() for tensor in given)]
+
+    exact, apart, found = computed(torch.double, True), computed(torch.bfloat16, True), computed(torch.bfloat16, False)
+    for one, other, best in zip(found, apart, exact, strict=True):
+        assert (one - best).norm() <= 1.02 * (other - best).norm()
+        assert (one - best).norm() <= 0.01 * best.norm()
 
 
 def test_reduced_precision_of_products_keeps_small_updates() -> None:

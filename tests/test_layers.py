@@ -18,7 +18,7 @@ ORDER = [
     {"casting", "half_attention", "hooks", "norms_and_gelus", "ownership", "shared_input", "speed"},
     {"low_rank", "hadamard"},
     {"deltas"},
-    {"gathered"},
+    {"full_size", "gathered"},
     {"fused"},
     {"checkpoint", "surgery"},
     {"frozen"},
