@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from pathlib import Path
@@ -192,6 +193,8 @@ def _worker(rank: int, types: list[str], port: int, folder: str) -> None:
     parallel = DistributedDataParallel(backbone)
     found = gradients(parallel, backbone, _batch(rank))
     torch.save(found, Path(folder) / f"{rank}.pt")
+    del parallel  # see `deltaexp.lab.processes.finish`
+    gc.collect()
     torch.distributed.destroy_process_group()
 
 

@@ -107,8 +107,13 @@ def finish() -> None:
     """Part from the other processes."""
     global _group
     if _group is not None:
+        import gc
+
         from torch import distributed
 
+        # What reduces gradients goes before the group does. Where it is the last that holds it, PyTorch waits for the group's
+        # threads with the interpreter's lock, and these for the lock, for ever.
+        gc.collect()
         distributed.destroy_process_group()
         _group = None
 

@@ -1,5 +1,6 @@
 """Runs in several processes, as torchrun starts this file in each of them: one after the other, to import torch only once."""
 
+import gc
 import json
 import os
 import subprocess
@@ -41,6 +42,8 @@ def run_together(
 
 def work(jobs: list[Any], stop: Any) -> None:
     """Be one of the processes."""
+    from torch.nn.parallel import DistributedDataParallel
+
     from deltaexp.lab import processes, schema
     from deltaexp.lab.callbacks import StepCallback
     from deltaexp.lab.run import run
@@ -57,6 +60,8 @@ def work(jobs: list[Any], stop: Any) -> None:
         StepCallback.on_optimizer_step = step  # type: ignore[method-assign]
         run(*schema.composed(words), folder if processes.is_main() else "elsewhere")
     processes.finish()
+    left = [one for one in gc.get_objects() if type(one) is DistributedDataParallel]
+    assert not left, "what reduces gradients has outlived the group, and may hang at its end"
 
 
 if __name__ == "__main__":
