@@ -3,8 +3,8 @@
 The hook of a LoRA computes ``h + s (x A^T) B^T`` after its module has computed ``h = x W^T + b``: it makes two tensors of the
 size of ``h``, and in the backward pass one more of the size of ``x``. For N rows of ``x`` one of two ways is cheaper:
 
-- ``h`` gets ``z B^T`` with ``z = s x A^T`` added in place by the matrix product itself, and so does the gradient of ``x``;
-  In bfloat16 on the CPU, if ``h`` is at least twice as wide as ``x``, the product is that of ``x`` and ``z`` side by side with
+- ``h`` gets ``z B^T`` with ``z = s x A^T`` added in place by the matrix product itself, and so does the gradient of ``x``; in
+  bfloat16 on the CPU, if ``h`` is at least twice as wide as ``x``, the product is that of ``x`` and ``z`` side by side with
   ``W`` and ``B`` side by side instead, and likewise in the backward pass: ``h`` is not read and written a second time;
 - ``W + s B A`` is computed, which is small where N is large, and ``x`` multiplied by that: nothing of the size of ``h`` is
   touched a second time.
@@ -258,22 +258,19 @@ def _separately(
                 right = torch.cat([right, bias.expand(len(right), 1, -1)], dim=1)
             out = (left @ right.contiguous()).view(len(flat), len(weight)).addmm_(flat, weight.T)
             return out.view(*x.shape[:-1], len(weight)), [z], [None]
-    if _side_by_side(len(flat), len(weight), weight, updates, factors):
-        ((down, up), (update,)) = factors, updates
-        dropped, mask = torch.native_dropout(flat, update.dropout, True) if update.dropout else (flat, None)
-        z = in_rank(dropped, down, update.scale)
-        out = _linear(torch.cat([flat, z], 1), torch.cat([weight, up], 1), bias)
-        return out.view(*x.shape[:-1], len(weight)), [z], [mask]
-    out = _linear(x, weight, bias)
-    matrix = out.view(len(flat), out.shape[-1])
     inner: list[torch.Tensor] = []
     masks: list[torch.Tensor | None] = []
-    for update, down, up in zip(updates, factors[::2], factors[1::2], strict=True):
+    for update, down in zip(updates, factors[::2], strict=True):
         dropped, mask = torch.native_dropout(flat, update.dropout, True) if update.dropout else (flat, None)
-        z = in_rank(dropped, down, update.scale)
-        _add_product(_taken(_for(matrix, up), update.part), z, _turned(up))
-        inner.append(z)
+        inner.append(in_rank(dropped, down, update.scale))
         masks.append(mask)
+    if _side_by_side(len(flat), len(weight), weight, updates, factors):
+        out = _linear(torch.cat([flat, *inner], 1), torch.cat([weight, factors[1]], 1), bias)
+        return out.view(*x.shape[:-1], len(weight)), inner, masks
+    out = _linear(x, weight, bias)
+    matrix = out.view(len(flat), out.shape[-1])
+    for update, z, up in zip(updates, inner, factors[1::2], strict=True):
+        _add_product(_taken(_for(matrix, up), update.part), z, _turned(up))
     return out, inner, masks
 
 
